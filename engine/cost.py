@@ -1,0 +1,129 @@
+"""What a batch costs: t(rows, length) = c0 + c1*rows*length + c2*rows*length^2 + c3*rows, in seconds. Pure.
+
+c0 is the price of a launch, c1 of a token through the linear layers, c2 of attention, c3 of a row (pooling, result).
+The coefficients are fitted by non-negative least squares on relative errors, so that small batches weigh as much as large
+ones, and refitted while running from a bounded memory of what batches really took.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Final
+
+SHAPES_MAX: Final = 128
+REFIT_EVERY: Final = 64
+# A new observation's weight: a shape's time follows a change of load within about ten batches.
+SMOOTHING: Final = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Fitted coefficients, in seconds.
+
+    Attributes:
+        launch_s: per batch.
+        token_s: per padded token.
+        attention_s: per padded token and token attended to.
+        row_s: per row.
+    """
+
+    launch_s: float
+    token_s: float
+    attention_s: float
+    row_s: float
+
+    def batch_s(self, rows: int, length: int) -> float:
+        """Seconds for `rows` texts padded to `length` tokens."""
+        return self.launch_s + rows * self.marginal_s(length)
+
+    def marginal_s(self, length: int) -> float:
+        """Seconds that one more row of `length` tokens adds."""
+        return length * (self.token_s + self.attention_s * length) + self.row_s
+
+    def budget_tokens(self, efficiency: float = 0.95, least: int = 256, most: int = 32768) -> int:
+        """Tokens per batch, a power of two, at which the launch costs at most `1 - efficiency` of the time."""
+        wanted = self.launch_s / max(self.token_s, 1e-12) * efficiency / (1 - efficiency)
+        budget = least
+        while budget < wanted and budget < most:
+            budget *= 2
+        return budget
+
+
+# Before anything is measured: one CPU core or so, from a fit of MiniLM on two cores.
+PRIOR: Final = CostModel(launch_s=0.005, token_s=0.00013, attention_s=0.0, row_s=0.0)
+
+Sample = tuple[int, int, float]  # rows, padded length, seconds
+
+
+def fit(samples: Iterable[Sample]) -> CostModel:
+    """Fits the model; at least two samples of different sizes make a useful one.
+
+    Non-negative least squares by trying every set of active terms: with four terms that is 15 tiny solves, exact, and
+    needs no SciPy.
+
+    Raises:
+        ValueError: when there is no sample.
+    """
+    import numpy as np
+
+    data = [(rows, length, seconds) for rows, length, seconds in samples if seconds > 0]
+    if not data:
+        raise ValueError("no samples to fit a cost model on")
+    rows, length, seconds = (np.array(column, float) for column in zip(*data, strict=True))
+    terms = np.stack([np.ones_like(rows), rows * length, rows * length * length, rows], axis=1) / seconds[:, None]
+    best, best_error = np.zeros(4), float("inf")
+    for size in range(1, 5):
+        for active in combinations(range(4), size):
+            solution, *_ = np.linalg.lstsq(terms[:, active], np.ones_like(rows), rcond=None)
+            error = float(((terms[:, active] @ solution - 1) ** 2).sum())
+            # A larger set must earn its place: a perfect fit of noise by one more term is no information.
+            if (solution >= 0).all() and error < best_error * 0.999:
+                best, best_error = np.zeros(4), error
+                best[list(active)] = solution
+    return CostModel(*(float(value) for value in best))
+
+
+def relative_error(model: CostModel, samples: Iterable[Sample]) -> float:
+    """Mean of |predicted - measured| / measured."""
+    errors = [abs(model.batch_s(rows, length) - seconds) / seconds for rows, length, seconds in samples]
+    return sum(errors) / len(errors) if errors else 0.0
+
+
+class CostTracker:
+    """A cost model that follows what batches really take.
+
+    Args:
+        samples: of the start-up measurement.
+    """
+
+    def __init__(self, samples: Iterable[Sample] = ()) -> None:
+        self._shapes: OrderedDict[tuple[int, int], float] = OrderedDict()
+        self._since_fit = 0
+        for rows, length, seconds in samples:
+            self._shapes[rows, length] = seconds
+        self.model = fit(self.samples()) if self._shapes else PRIOR
+
+    def samples(self) -> list[Sample]:
+        """What is known now, one sample per shape."""
+        return [(rows, length, seconds) for (rows, length), seconds in self._shapes.items()]
+
+    def observe(self, rows: int, length: int, seconds: float) -> bool:
+        """Takes in one batch. Returns True when the model was refitted."""
+        if seconds <= 0:
+            return False
+        shape = (rows, length)
+        known = self._shapes.get(shape, seconds)
+        self._shapes[shape] = known + SMOOTHING * (seconds - known)
+        self._shapes.move_to_end(shape)
+        if len(self._shapes) > SHAPES_MAX:
+            self._shapes.popitem(last=False)
+        self._since_fit += 1
+        if self._since_fit < REFIT_EVERY:
+            return False
+        self._since_fit = 0
+        # One shape repeated says nothing about the others: keep the old model until there is variety.
+        if len({length for _, length in self._shapes}) >= 3 and len(self._shapes) >= 6:
+            self.model = fit(self.samples())
+            return True
+        return False

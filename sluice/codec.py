@@ -1,0 +1,306 @@
+"""The envelope on the wire: what agent, gateway, Kafka and lake exchange (`protos/record.proto`).
+
+Encoding: `RecordBatch.data` -> zstd -> crc32c -> `Envelope`.
+
+Decoding faces the network, so every step has a limit and is ordered from cheap to dear: size of the envelope, header,
+checksum of the compressed bytes, bounded decompression, number of records (counted by C as byte strings, 16 bytes each,
+before any record is materialised), then the records. Known attacks and their guards:
+  * a zstd frame that states a huge size: `decompress(max_output_size=...)` ignores the limit there, so the stream
+    reader is used, with a bounded window, and read to one byte past the limit;
+  * a megabyte of empty sub-messages (28 times its size after parsing): counted as frames first;
+  * unknown fields, which survive parse and serialise: discarded, so that what is scanned is what is sent.
+
+A refusal is a `Rejected` that names its reason and, when the header could be read, the identity it claims.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Annotated, Final, TypeVar
+
+import google_crc32c
+import zstandard
+from google.protobuf.message import DecodeError, Message
+from msgspec import Meta
+
+from protos import record_pb2
+from sluice.config import Section
+from sluice.errors import Permanent
+from sluice.record import (
+    SEQUENCE_MAX,
+    SPOOL_ID_BYTES,
+    Gap,
+    GapReason,
+    RecordBatch,
+    Sensitivity,
+    merge_gaps,
+    validate_name,
+)
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+# A map entry with a distinct non-empty key takes at least 5 bytes: tag, length, key tag, key length, one character.
+_MAP_ENTRY_BYTES_MIN: Final = 5
+_M = TypeVar("_M", bound=Message)
+
+
+class Limits(Section, frozen=True, kw_only=True):
+    """Limits of one envelope. Whatever exceeds one is quarantined with the limit's name as the reason."""
+
+    envelope_bytes_max: Annotated[int, Meta(ge=KIB, description="Size of one envelope on the wire.")] = MIB
+    decompressed_bytes_max: Annotated[int, Meta(ge=KIB, description="Size of its records, decompressed.")] = 8 * MIB
+    records_per_batch_max: Annotated[int, Meta(ge=1, description="Positions that one envelope covers.")] = 50_000
+    keys_per_map_max: Annotated[int, Meta(ge=1, description="Keys of a record's metrics, or of its labels.")] = 256
+    text_bytes_max: Annotated[int, Meta(ge=1, description="UTF-8 bytes of a record's text.")] = 64 * KIB
+    zstd_window_bytes_max: Annotated[int, Meta(ge=KIB, description="Window a zstd frame may ask for.")] = 8 * MIB
+
+
+class Compression(Enum):
+    """How `Envelope.batch` is compressed."""
+
+    NONE = record_pb2.COMPRESSION_NONE
+    ZSTD = record_pb2.COMPRESSION_ZSTD
+
+
+class RejectReason(Enum):
+    """Why an envelope was refused. The value is the metric label and the quarantine's reason."""
+
+    UNDECODABLE = "undecodable"
+    ENVELOPE_BYTES = "envelope_bytes"
+    HEADER = "header"
+    CHECKSUM = "checksum"
+    COMPRESSION = "compression"
+    DECOMPRESSED_BYTES = "decompressed_bytes"
+    RECORD_COUNT = "record_count"
+    KEYS_PER_MAP = "keys_per_map"
+    TEXT_BYTES = "text_bytes"
+    DEVICE_NAME = "device_name"
+    IDENTITY_REUSED = "identity_reused"
+
+
+class Rejected(Permanent):
+    """An envelope that cannot be processed, now or ever.
+
+    Attributes:
+        reason: the rule that it broke.
+        header: a gaps-only batch with the range that the envelope claims, when its header could be read. It is only
+            a claim: do not settle it before the device's name has been checked against its credentials.
+    """
+
+    def __init__(self, reason: RejectReason, detail: str, header: RecordBatch | None = None) -> None:
+        super().__init__(f"{reason.value}: {detail}")
+        self.reason = reason
+        self.detail = detail
+        self.header = header
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedEnvelope:
+    """An envelope ready for the wire, with the identity that it carries."""
+
+    device_id: str
+    spool_id: bytes
+    first_sequence: int
+    record_count: int
+    stream: str
+    payload: bytes
+
+
+def encode(batch: RecordBatch, compression: Compression = Compression.ZSTD, level: int = 1) -> EncodedEnvelope:
+    """Serialises a batch into an envelope.
+
+    Args:
+        batch: what to send.
+        compression: applied to the records; a receipt (all gaps) is never compressed.
+        level: zstd level, 1 (fast) to 19.
+    """
+    body = batch.data
+    used = Compression.NONE
+    if body and compression is Compression.ZSTD:
+        body = zstandard.ZstdCompressor(level=level, write_checksum=False).compress(body)
+        used = compression
+    envelope = record_pb2.Envelope(
+        device_id=batch.device_id,
+        spool_id=batch.spool_id,
+        first_sequence=batch.first_sequence,
+        record_count=batch.record_count,
+        stream=batch.stream,
+        site=batch.site,
+        sensitivity=int(batch.sensitivity),  # type: ignore[arg-type]
+        compression=used.value,
+        batch=body,
+        checksum=google_crc32c.value(body),
+        gaps=[
+            record_pb2.Gap(first_sequence=g.first_sequence, count=g.count, reason=int(g.reason))  # type: ignore[arg-type]
+            for g in batch.gaps
+        ],
+        traceparent=batch.traceparent,
+        tracestate=batch.tracestate,
+        received_time_us=batch.received_time_us,
+    )
+    return EncodedEnvelope(
+        device_id=batch.device_id,
+        spool_id=batch.spool_id,
+        first_sequence=batch.first_sequence,
+        record_count=batch.record_count,
+        stream=batch.stream,
+        payload=envelope.SerializeToString(),
+    )
+
+
+def decode(payload: bytes, limits: Limits) -> RecordBatch:
+    """Parses and verifies an envelope. The records come back in canonical form: known fields only.
+
+    Raises:
+        Rejected: with the reason and, where the header could be read, the claimed range.
+    """
+    envelope, header = decode_header(payload, limits)
+    body = _decompress(envelope, header, limits)
+    present = header_present_count(envelope)
+    data = _canonical(body, present, header, limits)
+    return RecordBatch(
+        device_id=envelope.device_id,
+        spool_id=envelope.spool_id,
+        first_sequence=envelope.first_sequence,
+        record_count=envelope.record_count,
+        stream=envelope.stream,
+        site=envelope.site,
+        data=data,
+        sensitivity=header.sensitivity,
+        gaps=_gaps(envelope),
+        received_time_us=envelope.received_time_us,
+        traceparent=envelope.traceparent,
+        tracestate=envelope.tracestate,
+    )
+
+
+def decode_header(payload: bytes, limits: Limits) -> tuple[record_pb2.Envelope, RecordBatch]:
+    """Parses the envelope and validates all but its records.
+
+    Returns:
+        The message, and the claimed range as a gaps-only batch (reason QUARANTINED where no gap was declared).
+
+    Raises:
+        Rejected: oversize, undecodable, or a header that breaks a rule.
+    """
+    if len(payload) > limits.envelope_bytes_max:
+        detail = f"{len(payload)} bytes, limits.envelope_bytes_max is {limits.envelope_bytes_max}"
+        raise Rejected(RejectReason.ENVELOPE_BYTES, detail)
+    try:
+        envelope = record_pb2.Envelope.FromString(payload)
+    except DecodeError as error:
+        raise Rejected(RejectReason.UNDECODABLE, str(error)) from error
+    envelope.DiscardUnknownFields()
+    try:
+        _validate_header(envelope, limits)
+        gaps = _gaps(envelope)
+    except Permanent as error:
+        raise Rejected(RejectReason.HEADER, str(error)) from error
+    bare = RecordBatch(
+        device_id=envelope.device_id,
+        spool_id=envelope.spool_id,
+        first_sequence=envelope.first_sequence,
+        record_count=envelope.record_count,
+        stream=envelope.stream,
+        site=envelope.site,
+        data=b"",
+        sensitivity=_sensitivity(envelope),
+        gaps=gaps,
+        received_time_us=envelope.received_time_us,
+    )
+    return envelope, bare.receipt(GapReason.QUARANTINED)
+
+
+def header_present_count(envelope: record_pb2.Envelope) -> int:
+    """How many records a validated envelope must hold."""
+    return int(envelope.record_count - sum(gap.count for gap in envelope.gaps))
+
+
+def _validate_header(envelope: record_pb2.Envelope, limits: Limits) -> None:
+    validate_name("device", envelope.device_id)
+    validate_name("site", envelope.site)
+    validate_name("stream", envelope.stream)
+    if len(envelope.spool_id) != SPOOL_ID_BYTES:
+        raise Permanent(f"spool_id has {len(envelope.spool_id)} bytes instead of {SPOOL_ID_BYTES}")
+    if not 1 <= envelope.record_count <= limits.records_per_batch_max:
+        raise Permanent(
+            f"record_count is {envelope.record_count}, allowed is 1 to limits.records_per_batch_max "
+            f"= {limits.records_per_batch_max}"
+        )
+    if envelope.first_sequence + envelope.record_count > SEQUENCE_MAX:
+        raise Permanent(f"first_sequence {envelope.first_sequence} is beyond 63 bits")
+    stop = envelope.first_sequence + envelope.record_count
+    if len(envelope.gaps) > envelope.record_count:
+        raise Permanent(f"{len(envelope.gaps)} gaps in {envelope.record_count} positions")
+    for gap in envelope.gaps:
+        if gap.count == 0 or gap.first_sequence < envelope.first_sequence or gap.first_sequence + gap.count > stop:
+            raise Permanent(f"gap at {gap.first_sequence} (+{gap.count}) lies outside the envelope's range")
+
+
+def _gaps(envelope: record_pb2.Envelope) -> tuple[Gap, ...]:
+    try:
+        return merge_gaps(Gap(g.first_sequence, g.count, GapReason(g.reason)) for g in envelope.gaps)
+    except ValueError as error:
+        raise Permanent(f"unknown gap reason: {error}") from error
+
+
+def _sensitivity(envelope: record_pb2.Envelope) -> Sensitivity:
+    """The declared sensitivity; a value that we do not know is sensitive."""
+    try:
+        return Sensitivity(envelope.sensitivity)
+    except ValueError:
+        return Sensitivity.SENSITIVE
+
+
+def _decompress(envelope: record_pb2.Envelope, header: RecordBatch, limits: Limits) -> bytes:
+    if google_crc32c.value(envelope.batch) != envelope.checksum:
+        raise Rejected(RejectReason.CHECKSUM, "crc32c of the batch differs from the envelope's", header)
+    limit = limits.decompressed_bytes_max
+    if envelope.compression == record_pb2.COMPRESSION_NONE or not envelope.batch:
+        body = envelope.batch
+    elif envelope.compression == record_pb2.COMPRESSION_ZSTD:
+        decompressor = zstandard.ZstdDecompressor(max_window_size=limits.zstd_window_bytes_max)
+        try:
+            with decompressor.stream_reader(envelope.batch, read_across_frames=False) as reader:
+                body = reader.read(limit + 1)
+        except zstandard.ZstdError as error:
+            raise Rejected(RejectReason.COMPRESSION, f"zstd: {error}", header) from error
+    else:
+        raise Rejected(RejectReason.COMPRESSION, f"unknown compression {envelope.compression}", header)
+    if len(body) > limit:
+        detail = f"more than limits.decompressed_bytes_max = {limit} bytes after decompression"
+        raise Rejected(RejectReason.DECOMPRESSED_BYTES, detail, header)
+    return body
+
+
+def _canonical(body: bytes, present: int, header: RecordBatch, limits: Limits) -> bytes:
+    """The records with known fields only, after their number and their limits were checked."""
+    frames = _parse(record_pb2.RecordFrames, body, header).records
+    if len(frames) != present:
+        detail = f"{len(frames)} records where the header leaves {present} positions for them"
+        raise Rejected(RejectReason.RECORD_COUNT, detail, header)
+    parsed = _parse(record_pb2.RecordBatch, body, header)
+    parsed.DiscardUnknownFields()
+    # A frame this short cannot break a per-record limit, so a batch of ordinary records costs one max() in C.
+    safe_bytes = min(limits.text_bytes_max, _MAP_ENTRY_BYTES_MIN * limits.keys_per_map_max)
+    if max(map(len, frames), default=0) > safe_bytes:
+        for frame, record in zip(frames, parsed.records, strict=True):
+            if len(frame) > safe_bytes:
+                _check_record(record, header, limits)
+    return parsed.SerializeToString()
+
+
+def _parse(kind: type[_M], body: bytes, header: RecordBatch) -> _M:
+    try:
+        return kind.FromString(body)
+    except DecodeError as error:
+        raise Rejected(RejectReason.UNDECODABLE, f"records: {error}", header) from error
+
+
+def _check_record(record: record_pb2.Record, header: RecordBatch, limits: Limits) -> None:
+    keys = max(len(record.metrics), len(record.labels))
+    if keys > limits.keys_per_map_max:
+        detail = f"a record has {keys} keys in one map, limits.keys_per_map_max is {limits.keys_per_map_max}"
+        raise Rejected(RejectReason.KEYS_PER_MAP, detail, header)
+    if len(record.text.encode()) > limits.text_bytes_max:
+        detail = f"a record's text is longer than limits.text_bytes_max = {limits.text_bytes_max} bytes"
+        raise Rejected(RejectReason.TEXT_BYTES, detail, header)
