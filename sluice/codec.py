@@ -5,14 +5,19 @@ Encoding: `RecordBatch.data` -> zstd -> crc32c -> `Envelope`.
 Decoding faces the network, so every step has a limit and is ordered from cheap to dear: size of the envelope, header,
 checksum of the compressed bytes, bounded decompression, number of records (counted by C as byte strings, 16 bytes each,
 before any record is materialised), then the records. Known attacks and their guards:
-  * a zstd frame that states a huge size: `decompress(max_output_size=...)` ignores the limit there, so the stream
-    reader is used, with a bounded window, and read to one byte past the limit;
+  * a zstd frame that states a huge size: `decompress(max_output_size=...)` ignores the limit there, so the stated size
+    is checked first, and a frame that states none is read by the stream reader to one byte past the limit, with a
+    bounded window;
+  * a frame that is cut short, or has something behind it: the stream reader says nothing of either;
   * a megabyte of empty sub-messages (28 times its size after parsing): counted as frames first;
-  * unknown fields, which survive parse and serialise: discarded, so that what is scanned is what is sent.
+  * unknown fields, which survive parse and serialise: discarded, so that what is scanned is what is sent;
+  * sparse map entries, which grow when serialised in full: the canonical form must fit the limit too;
+  * trace context, free text beside the records that nobody scans: dropped unless it has W3C's form.
 
 A refusal is a `Rejected` that names its reason and, when the header could be read, the identity it claims.
 """
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Final, TypeVar
@@ -40,6 +45,10 @@ KIB: Final = 1024
 MIB: Final = 1024 * KIB
 # A map entry with a distinct non-empty key takes at least 5 bytes: tag, length, key tag, key length, one character.
 _MAP_ENTRY_BYTES_MIN: Final = 5
+# W3C Trace Context, 3.2 and 3.3: version-trace-parent-flags; and a list of key=value of at most 512 characters.
+_TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}\Z")
+_TRACESTATE: Final = re.compile(r"[a-z0-9][a-z0-9_*/@-]{0,240}=[\x20-\x7e]{1,512}\Z")
+_TRACESTATE_CHARS_MAX: Final = 512
 _M = TypeVar("_M", bound=Message)
 
 
@@ -157,6 +166,7 @@ def decode(payload: bytes, limits: Limits) -> RecordBatch:
     body = _decompress(envelope, header, limits)
     present = header_present_count(envelope)
     data = _canonical(body, present, header, limits)
+    traceparent, tracestate = _trace_context(envelope)
     return RecordBatch(
         device_id=envelope.device_id,
         spool_id=envelope.spool_id,
@@ -168,8 +178,8 @@ def decode(payload: bytes, limits: Limits) -> RecordBatch:
         sensitivity=header.sensitivity,
         gaps=_gaps(envelope),
         received_time_us=envelope.received_time_us,
-        traceparent=envelope.traceparent,
-        tracestate=envelope.tracestate,
+        traceparent=traceparent,
+        tracestate=tracestate,
     )
 
 
@@ -238,9 +248,20 @@ def _validate_header(envelope: record_pb2.Envelope, limits: Limits) -> None:
 
 def _gaps(envelope: record_pb2.Envelope) -> tuple[Gap, ...]:
     try:
-        return merge_gaps(Gap(g.first_sequence, g.count, GapReason(g.reason)) for g in envelope.gaps)
+        gaps = merge_gaps(Gap(g.first_sequence, g.count, GapReason(g.reason)) for g in envelope.gaps)
     except ValueError as error:
         raise Permanent(f"unknown gap reason: {error}") from error
+    if any(gap.reason is GapReason.UNSPECIFIED for gap in gaps):
+        raise Permanent("a gap without a reason")  # a loss that nobody explains; the ledger would have no column for it
+    return gaps
+
+
+def _trace_context(envelope: record_pb2.Envelope) -> tuple[str, str]:
+    """The trace context, or empty strings where it is not one: tracing must not decide what becomes of a record."""
+    parent, state = envelope.traceparent, envelope.tracestate
+    if not _TRACEPARENT.match(parent):
+        return "", ""
+    return parent, state if len(state) <= _TRACESTATE_CHARS_MAX and _TRACESTATE.match(state) else ""
 
 
 def _sensitivity(envelope: record_pb2.Envelope) -> Sensitivity:
@@ -255,25 +276,46 @@ def _decompress(envelope: record_pb2.Envelope, header: RecordBatch, limits: Limi
     if google_crc32c.value(envelope.batch) != envelope.checksum:
         raise Rejected(RejectReason.CHECKSUM, "crc32c of the batch differs from the envelope's", header)
     limit = limits.decompressed_bytes_max
+    body: bytes | None
     if envelope.compression == record_pb2.COMPRESSION_NONE or not envelope.batch:
         body = envelope.batch
     elif envelope.compression == record_pb2.COMPRESSION_ZSTD:
-        decompressor = zstandard.ZstdDecompressor(max_window_size=limits.zstd_window_bytes_max)
         try:
-            with decompressor.stream_reader(envelope.batch, read_across_frames=False) as reader:
-                body = reader.read(limit + 1)
+            body = _inflate(envelope.batch, limit, limits.zstd_window_bytes_max)
         except zstandard.ZstdError as error:
             raise Rejected(RejectReason.COMPRESSION, f"zstd: {error}", header) from error
     else:
         raise Rejected(RejectReason.COMPRESSION, f"unknown compression {envelope.compression}", header)
-    if len(body) > limit:
+    if body is None or len(body) > limit:
         detail = f"more than limits.decompressed_bytes_max = {limit} bytes after decompression"
         raise Rejected(RejectReason.DECOMPRESSED_BYTES, detail, header)
     return body
 
 
+def _inflate(frame: bytes, limit: int, window_bytes_max: int) -> bytes | None:
+    """Decompresses one whole zstd frame, or returns None when it holds more than `limit` bytes.
+
+    Raises:
+        zstandard.ZstdError: not a frame, cut short, or with bytes behind it.
+    """
+    decompressor = zstandard.ZstdDecompressor(max_window_size=window_bytes_max)
+    stated = zstandard.get_frame_parameters(frame).content_size
+    if stated != zstandard.CONTENTSIZE_UNKNOWN:
+        # The size may be stated because it is verified: a frame with more or less in it is an error.
+        return decompressor.decompress(frame, allow_extra_data=False) if stated <= limit else None
+    with decompressor.stream_reader(frame, read_across_frames=False) as reader:
+        if len(reader.read(limit + 1)) > limit:
+            return None
+    # It is within the limit, which made a second pass safe: this one knows where the frame ends.
+    whole = zstandard.ZstdDecompressor(max_window_size=window_bytes_max).decompressobj()
+    body = whole.decompress(frame)
+    if not whole.eof or whole.unused_data:
+        raise zstandard.ZstdError("the frame is cut short, or something follows it")
+    return body
+
+
 def _canonical(body: bytes, present: int, header: RecordBatch, limits: Limits) -> bytes:
-    """The records with known fields only, after their number and their limits were checked."""
+    """The records with known fields only and maps in key order, after their number and their limits were checked."""
     frames = _parse(record_pb2.RecordFrames, body, header).records
     if len(frames) != present:
         detail = f"{len(frames)} records where the header leaves {present} positions for them"
@@ -286,7 +328,11 @@ def _canonical(body: bytes, present: int, header: RecordBatch, limits: Limits) -
         for frame, record in zip(frames, parsed.records, strict=True):
             if len(frame) > safe_bytes:
                 _check_record(record, header, limits)
-    return parsed.SerializeToString()
+    if parsed.ByteSize() > limits.decompressed_bytes_max:
+        detail = f"more than limits.decompressed_bytes_max = {limits.decompressed_bytes_max} bytes in canonical form"
+        raise Rejected(RejectReason.DECOMPRESSED_BYTES, detail, header)
+    # Maps in key order: the same records give the same bytes in every process, so that resends can be compared.
+    return parsed.SerializeToString(deterministic=True)
 
 
 def _parse(kind: type[_M], body: bytes, header: RecordBatch) -> _M:

@@ -86,6 +86,8 @@ def read_secret(path: str | None, what: str) -> str | None:
         return Path(path).read_text(encoding="utf-8").rstrip("\r\n")
     except OSError as error:
         raise ConfigError(f"{what}: cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{what}: {path} is not UTF-8 text") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -151,6 +153,10 @@ def _check_value(value: Any, kind: msgspec.inspect.Type, source: str, path: str)
     if not isinstance(value, Mapping):
         return
     options = inner.types if isinstance(inner, msgspec.inspect.UnionType) else (inner,)
+    for table in options:
+        if isinstance(table, msgspec.inspect.DictType):
+            for key, item in value.items():
+                _check_value(item, table.value_type, source, f"{path}.{key}")
     structs = [t for t in options if isinstance(t, msgspec.inspect.StructType)]
     for struct in structs:
         if len(structs) == 1 or value.get(struct.tag_field or "") == struct.tag:

@@ -22,6 +22,19 @@ class MqttConfig(Section, frozen=True, kw_only=True):
     connect_timeout_s: Annotated[float, Meta(gt=0, description="Limit for one connection attempt.")] = 5.0
     reconnect_delay_s_max: Annotated[float, Meta(gt=0, description="Longest back-off (full jitter).")] = 30.0
 
+    def __post_init__(self) -> None:
+        """Refuses settings that would silently mean less security than they seem to.
+
+        Raises:
+            ValueError: naming the keys; the configuration's reader makes a ConfigError of it.
+        """
+        if (self.certificate_file or self.key_file) and not self.ca_file:
+            raise ValueError("certificate_file and key_file have no effect without ca_file, which switches TLS on")
+        if self.key_file and not self.certificate_file:
+            raise ValueError("key_file has no effect without certificate_file")
+        if self.password_file and self.username is None:
+            raise ValueError("password_file has no effect without username")
+
 
 class KafkaConfig(Section, frozen=True, kw_only=True):
     """How to reach Kafka, and its topics."""
@@ -43,4 +56,6 @@ class TelemetryConfig(Section, frozen=True, kw_only=True):
         Literal["debug", "info", "warning", "error"], Meta(description="Least severe log line written.")
     ] = "info"
     host: Annotated[str, Meta(description="Address of /metrics, /healthz and /readyz.")] = "127.0.0.1"
-    port: Annotated[int | None, Meta(ge=0, le=65535, description="Their port; None: off; 0: any free one.")] = None
+    port: Annotated[
+        Annotated[int, Meta(ge=0, le=65535)] | None, Meta(description="Their port; None: off; 0: any free one.")
+    ] = None

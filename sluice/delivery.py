@@ -94,7 +94,7 @@ class _Family(Generic[B]):
         self._error: Exception | None = None
 
     def settle(self, error: Exception | None) -> None:
-        self._error = self._error or error
+        self._error = error if self._error is None else self._error
         self._unsettled -= 1
         if self._unsettled:
             return

@@ -66,6 +66,8 @@ class IntervalSet:
 
     def intersection(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """The runs of `[start, stop)` that are in the set, in order."""
+        if start >= stop:
+            return
         i = bisect_right(self._stops, start)
         while i < len(self._starts) and self._starts[i] < stop:
             yield max(start, self._starts[i]), min(stop, self._stops[i])

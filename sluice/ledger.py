@@ -114,9 +114,8 @@ def balance(evidence: SpoolEvidence) -> SpoolAccount:
             for a, b in list(settled.intersection(start, stop)):
                 conflicts.add(a, b)
             settled.add(start, stop)
-    runs_seen = settled.runs()
-    accepted = max(evidence.next_sequence, runs_seen[-1][1] if runs_seen else 0)
     spool = evidence.fates.get(Fate.IN_SPOOL, IntervalSet())
+    accepted = max(evidence.next_sequence, *(stop for _, stop in (*settled.runs()[-1:], *spool.runs()[-1:])), 0)
     unexplained: list[tuple[int, int]] = []
     for start, stop in settled.missing(0, accepted):
         counts[Fate.IN_SPOOL] += sum(b - a for a, b in spool.intersection(start, stop))
@@ -160,6 +159,7 @@ class Ledger:
             "accepted": self.accepted,
             **{fate.value: self.total(fate) for fate in Fate},
             "unexplained": sum(b - a for account in self.accounts for a, b in account.unexplained),
+            "conflicting": sum(b - a for account in self.accounts for a, b in account.conflicting),
             "duplicate_rows": sum(account.duplicate_rows for account in self.accounts),
             "spools": [account.as_dict() for account in self.accounts],
         }

@@ -190,6 +190,8 @@ class RecordBatch:
         gone = set(sequences)
         if not gone:
             return self
+        assert min(gone) >= self.first_sequence, "a sequence below the batch"
+        assert max(gone) < self.stop_sequence, "a sequence beyond the batch"
         kept = [frame for sequence, frame in zip(self.sequences(), self.frames(), strict=True) if sequence not in gone]
         added = (Gap(start, stop - start, reason) for start, stop in runs_of(sorted(gone)))
         gaps = merge_gaps((*self.gaps, *added))

@@ -8,7 +8,8 @@ drain. `serve` runs several services as one process: the first failure, SIGTERM 
 import asyncio
 import signal
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from functools import partial
+from typing import Final, Protocol
 
 from sluice.telemetry import Event, Telemetry
 
@@ -28,6 +29,10 @@ FAILED = Event(
     labels=("service",),
     level="error",
 )
+
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+# What a service gets to drain when those before it used up the deadline.
+_GRACE_S: Final = 0.1
 
 
 class Service(Protocol):
@@ -67,43 +72,57 @@ async def serve(
         on_ready: called when all services were started.
 
     Raises:
-        Exception: the first error of a service, after the others were drained.
+        Exception: the first error of a service, after the others were drained; every error is an event.
     """
+    assert services, "at least one service"
     stop = stop or asyncio.Event()
     loop = asyncio.get_running_loop()
-    if handle_signals:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
     tasks: dict[asyncio.Task[None], Service] = {}
-    for service in services:
-        tasks[asyncio.create_task(service.run(), name=service.name)] = service
-        telemetry.emit(STARTED, service=service.name)
-    if on_ready:
-        on_ready()
+    failures: list[Exception] = []
     late: set[asyncio.Task[None]] = set()
     stopping = asyncio.create_task(stop.wait(), name="stop")
     try:
+        if handle_signals:
+            for number in _SIGNALS:
+                loop.add_signal_handler(number, stop.set)
+        for service in services:
+            task = asyncio.create_task(service.run(), name=service.name)
+            task.add_done_callback(partial(_note_failure, service.name, telemetry, failures))
+            tasks[task] = service
+            telemetry.emit(STARTED, service=service.name)
+        if on_ready:
+            on_ready()
         await asyncio.wait({*tasks, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        await _drain_all(services, telemetry, loop.time() + drain_deadline_s)
-        _, late = await asyncio.wait(tasks, timeout=max(0.1, drain_deadline_s))
+        deadline = loop.time() + drain_deadline_s
+        await _drain_all(services, telemetry, deadline)
+        _, late = await asyncio.wait(tasks, timeout=max(_GRACE_S, deadline - loop.time()))
     finally:
         stopping.cancel()
         for task in tasks:
             task.cancel()
-        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(stopping, *tasks, return_exceptions=True)
+        if handle_signals:
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
     for task in late:
         telemetry.emit(DRAIN_FAILED, service=tasks[task].name, detail="still running at the deadline")
-    for service, outcome in zip(services, outcomes, strict=True):
-        if isinstance(outcome, Exception):
-            telemetry.emit(FAILED, service=service.name, detail=str(outcome))
-            raise outcome
+    if failures:
+        raise failures[0]
+
+
+def _note_failure(name: str, telemetry: Telemetry, failures: list[Exception], task: asyncio.Task[None]) -> None:
+    """Says at once that a service failed: the drain that follows may take a while, or be cut off."""
+    error = None if task.cancelled() else task.exception()
+    if isinstance(error, Exception):
+        failures.append(error)
+        telemetry.emit(FAILED, service=name, detail=str(error) or repr(error))
 
 
 async def _drain_all(services: Sequence[Service], telemetry: Telemetry, deadline: float) -> None:
     loop = asyncio.get_running_loop()
     for service in services:
         telemetry.emit(DRAINING, service=service.name)
-        left_s = max(0.1, deadline - loop.time())
+        left_s = max(_GRACE_S, deadline - loop.time())
         try:
             async with asyncio.timeout(left_s):
                 await service.drain(left_s)

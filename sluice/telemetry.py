@@ -7,13 +7,14 @@ the site.
 The HTTP side serves `/metrics`, `/healthz` (the process is alive) and `/readyz` (it can do its work).
 """
 
+import contextlib
 import logging
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from socketserver import ThreadingMixIn
-from typing import Any, Literal, TextIO
+from socketserver import TCPServer, ThreadingMixIn
+from typing import Any, Final, Literal, TextIO
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import structlog
@@ -23,6 +24,8 @@ from sluice.connections import TelemetryConfig
 from sluice.errors import ConfigError
 
 Level = Literal["debug", "info", "warning", "error"]
+# What a client of the probes may take to say what it wants.
+_REQUEST_TIMEOUT_S: Final = 5.0
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
@@ -90,7 +93,9 @@ class Telemetry:
         if event.labels:
             counter = counter.labels(*(str(fields.get(label, "")) for label in event.labels))
         counter.inc(count)
-        getattr(self._log, event.level)(event.name, count=count, **fields)
+        # A full disk or a closed pipe behind stderr must not stop the records: the line is lost, the counter is not.
+        with contextlib.suppress(OSError, ValueError):
+            getattr(self._log, event.level)(event.name, count=count, **fields)
 
     def gauge(self, name: str, text: str, labels: Sequence[str] = ()) -> Gauge:
         """A gauge named `sluice_{name}`; the unit comes last in the name."""
@@ -109,8 +114,8 @@ class Telemetry:
         self._ready[name] = check
 
     def readiness(self) -> Mapping[str, bool]:
-        """Each condition and whether it holds now."""
-        return {name: bool(check()) for name, check in self._ready.items()}
+        """Each condition and whether it holds now; one that cannot be checked does not hold."""
+        return {name: _holds(check) for name, check in list(self._ready.items())}
 
     def listen(self) -> int | None:
         """Serves metrics and probes in a thread, when a port is configured.
@@ -173,6 +178,13 @@ class Telemetry:
         return application
 
 
+def _holds(check: Callable[[], bool]) -> bool:
+    try:
+        return bool(check())
+    except Exception:  # noqa: BLE001 - a probe answers; it does not fail
+        return False
+
+
 def _add_level(_logger: Any, method: str, event: Any) -> Any:
     event["level"] = method
     return event
@@ -183,9 +195,20 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     daemon_threads = True
 
+    def server_bind(self) -> None:
+        """Binds without looking up the host's name, which hangs where DNS does."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.setup_environ()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Says nothing: a scraper that hangs up is no news."""
+
 
 class _SilentHandler(WSGIRequestHandler):
-    """No access log: probes come every second."""
+    """No access log: probes come every second. A client that never speaks is cut off."""
+
+    timeout = _REQUEST_TIMEOUT_S
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
         """Says nothing."""

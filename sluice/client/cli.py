@@ -1,0 +1,181 @@
+"""`sluice tail` and `sluice analyze`: the feed on a terminal. Need the extra `client` only."""
+
+import base64
+import binascii
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TextIO
+
+import click
+
+from sluice.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sluice.client.channel import Tls
+    from sluice.client.sync import FeedClient, Subscription
+
+DEFAULT_TARGET: Final = "127.0.0.1:7443"
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+_AGO: Final = re.compile(r"(\d{1,9})([smhd])")
+
+
+def connection_options(command: Any) -> Any:
+    """Adds the options that say where the feed is."""
+    for option in (
+        click.option("--tls-server-name", help="Name in the server's certificate, when it is not the target's host."),
+        click.option("--tls-key", help="Client key (PEM)."),
+        click.option("--tls-certificate", help="Client certificate (PEM) for mTLS."),
+        click.option("--tls-ca", help="CA certificate (PEM); switches TLS on."),
+        click.option("--target", default=DEFAULT_TARGET, show_default=True, envvar="SLUICE_TARGET", help="host:port."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@connection_options
+@click.option("--kinds", default="", help="records, results; both by default.")
+@click.option("--site", "sites", multiple=True, metavar="GLOB", help="Only these sites; may be repeated.")
+@click.option("--device", "devices", multiple=True, metavar="GLOB", help="Only these devices; may be repeated.")
+@click.option("--stream", "streams", multiple=True, metavar="GLOB", help="Only these streams; may be repeated.")
+@click.option("--label", "labels", multiple=True, metavar="GLOB", help="Only results with these labels.")
+@click.option("--score-min", default=0.0, help="Only results with at least this score.")
+@click.option("--from", "begin", default="latest", show_default=True, help="latest, earliest, 10m, 2h, or a token.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+@click.option("--limit", type=click.IntRange(min=1), help="End after so many items.")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="End after so many seconds.")
+def tail(kinds: str, begin: str, as_json: bool, limit: int | None, timeout: float | None, **options: Any) -> None:
+    """Shows records and results as they arrive; resumes by itself when the server restarts."""
+    start = parse_begin(begin, time.time())
+    with connected(options) as client:
+        subscription = client.subscribe(
+            kinds=[kind.strip() for kind in kinds.split(",") if kind.strip()],  # type: ignore[misc]
+            on_wait=lambda why, delay_s: click.echo(f"{client.target}: {why}; again in {delay_s:.1f} s", err=True),
+            **start,
+            **options,
+        )
+        show_items(subscription, as_json=as_json, limit=limit, timeout_s=timeout)
+        if not as_json and subscription.resume_token:
+            click.echo(f"continue with --from {token_text(subscription.resume_token)}", err=True)
+
+
+@click.command()
+@connection_options
+@click.argument("texts", nargs=-1)
+@click.option("--file", "file", type=click.File("r", encoding="utf-8", errors="replace"), help="One text per line; -.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+@click.option("--task", default="", help="classify (default), embed, novelty.")
+@click.option("--stream", default="", help="Whose texts they are; novelty is kept per stream.")
+@click.option("--embed", is_flag=True, help="Add the embedding (with --json).")
+@click.option("--deadline", type=click.FloatRange(min=0, min_open=True), help="Seconds per text.")
+def analyze(texts: tuple[str, ...], file: TextIO | None, as_json: bool, deadline: float | None, **options: Any) -> None:
+    """Asks the engine about texts, given as arguments or as lines of a file; exits with 1 when one has no answer."""
+    from sluice.client.render import json_line, pretty_answer
+
+    if not texts and file is None:
+        raise ConfigError('nothing to analyse: give texts ("disk full") or --file FILE')
+    failed = count = 0
+    progress = not as_json and file is not None and sys.stderr.isatty() and not sys.stdout.isatty()
+    with connected(options) as client:
+        for answer in client.analyze(all_texts(texts, file), deadline_s=deadline, **options):
+            click.echo(json_line(answer) if as_json else pretty_answer(answer))
+            count += 1
+            failed += answer.error is not None
+            if progress and count % 100 == 0:
+                click.echo(f"\r{count} texts", err=True, nl=False)
+    if progress:
+        click.echo(f"\r{count} texts", err=True)
+    if failed:
+        sys.exit(1)
+
+
+def connected(options: dict[str, Any]) -> "FeedClient":
+    """A client as the connection's options say; takes them out of `options`."""
+    from sluice.client import connect
+
+    tls = [options.pop(f"tls_{name}") for name in ("ca", "certificate", "key", "server_name")]
+    return connect(options.pop("target"), tls=tls_of(*tls))
+
+
+def show_items(subscription: "Subscription", *, as_json: bool, limit: int | None, timeout_s: float | None) -> None:
+    """Prints items until the limit, the time or Ctrl-C ends it."""
+    from sluice.client.render import json_line, pretty_line
+
+    timer = threading.Timer(timeout_s, subscription.close) if timeout_s is not None else None
+    if timer is not None:
+        timer.daemon = True
+        timer.start()
+    shown = 0
+    try:
+        with closing(iter(subscription)) as items:  # type: ignore[type-var]
+            for item in items:
+                click.echo(json_line(item) if as_json else pretty_line(item))
+                shown += 1
+                if limit is not None and shown >= limit:
+                    return
+    except (KeyboardInterrupt, BrokenPipeError):
+        return  # both mean: enough
+    finally:
+        if timer is not None:
+            timer.cancel()
+        subscription.close()
+
+
+def parse_begin(text: str, now_s: float) -> dict[str, Any]:
+    """`--from` as arguments of `subscribe`.
+
+    Args:
+        text: latest, earliest, a number with s, m, h or d, or a token as `tail` prints it.
+        now_s: seconds since 1970.
+
+    Raises:
+        ConfigError: when it is none of these.
+    """
+    if text in {"latest", "earliest"}:
+        return {"start": text}
+    ago = _AGO.fullmatch(text)
+    if ago:
+        return {"start": max(0, int((now_s - int(ago[1]) * _SECONDS[ago[2]]) * 1_000_000))}
+    try:
+        # Even the shortest token is far longer than a misspelt word.
+        if len(text) >= 40:
+            return {"resume_token": base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))}
+    except (binascii.Error, ValueError):
+        pass
+    raise ConfigError(f"--from {text[:64]!r} is neither latest, earliest, a time such as 10m, nor a resume token")
+
+
+def token_text(token: bytes) -> str:
+    """A token as one word."""
+    return base64.urlsafe_b64encode(token).decode().rstrip("=")
+
+
+def tls_of(ca: str | None, certificate: str | None, key: str | None, server_name: str | None) -> "Tls | None":
+    """TLS as the options say; None when none of them was given.
+
+    Raises:
+        ConfigError: when certificate and key do not come together, or a file is not there.
+    """
+    from sluice.client.channel import Tls
+
+    if not (ca or certificate or key):
+        return None
+    if bool(certificate) != bool(key):
+        raise ConfigError("--tls-certificate and --tls-key go together")
+    for path in (ca, certificate, key):
+        if path and not Path(path).is_file():
+            raise ConfigError(f"{path}: no such file")
+    return Tls(ca, certificate, key, server_name)
+
+
+def all_texts(texts: Iterable[str], file: TextIO | None) -> Iterator[str]:
+    """The arguments, then the lines of the file that are not empty."""
+    yield from texts
+    for line in file or ():
+        if text := line.rstrip("\r\n"):
+            yield text
