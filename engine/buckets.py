@@ -1,7 +1,8 @@
 """Length buckets: a fine ladder that texts are grouped by, and the classic classes that people read. Pure.
 
-For edges with ratio r a text is padded by about 1 - (r-1)/(r*ln r) of the batch when lengths are log-uniform: 4% for
-r = 4/3 and 31% for r = 2, hence a ladder of about 1.3 to 1.5 inside the classic 32/64/128/256/512.
+For edges with ratio r a text is padded by about 1 - (r-1)/(r*ln r) of the batch when lengths are
+log-uniform: 4% for r = 4/3 and 31% for r = 2, hence a ladder of about 1.3 to 1.5 inside the classic
+32/64/128/256/512.
 """
 
 from bisect import bisect_left

@@ -1,4 +1,7 @@
-"""Configuration of the engine. `auto` and 0 mean: measured or derived at start-up; `sluice engine plan` shows the result."""
+"""Configuration of the engine.
+
+`auto` and 0 mean: measured or derived at start-up; `sluice engine plan` shows the result.
+"""
 
 from typing import Annotated, Final, Literal
 
@@ -19,10 +22,11 @@ Seconds = Annotated[float, msgspec.Meta(gt=0)]
 Tokens = Annotated[int, msgspec.Meta(ge=1)]
 
 
-class CacheConfig(Section):
+class CacheConfig(Section, frozen=True):
     """The token cache and the result cache.
 
-    Both hold content (token ids can be turned back into text). They stay in memory unless `directory` is set.
+    Both hold content (token ids can be turned back into text). They stay in memory unless `directory` is
+    set.
     """
 
     directory: Annotated[
@@ -44,7 +48,7 @@ class CacheConfig(Section):
     ] = ()
 
 
-class NoveltyConfig(Section):
+class NoveltyConfig(Section, frozen=True):
     """How far a text is from what its stream usually says."""
 
     enabled: Annotated[bool, msgspec.Meta(description="Whether novelty is computed.")] = True
@@ -60,12 +64,14 @@ class NoveltyConfig(Section):
     ] = 50
 
 
-class EngineConfig(Section):
+class EngineConfig(Section, frozen=True):
     """The engine: model, batching, limits, caches."""
 
     model: Annotated[
         str,
-        msgspec.Meta(description="A pip package that carries a model, a model folder, or an id in the local hub cache."),
+        msgspec.Meta(
+            description="A pip package that carries a model, a model folder, or an id in the local hub cache."
+        ),
     ] = DEFAULT_MODEL
     allow_download: Annotated[bool, msgspec.Meta(description="Whether a hub id may be downloaded.")] = False
     device: Annotated[str, msgspec.Meta(description="auto, cpu, cuda or cuda:N.")] = "auto"
@@ -102,12 +108,16 @@ class EngineConfig(Section):
         float,
         msgspec.Meta(ge=0, lt=1, description="Share of the queue that only online requests may use."),
     ] = 0.25
-    online_max_wait_ms: Annotated[float, msgspec.Meta(gt=0, description="Age at which an online text is urgent.")] = (
+    online_max_wait_ms: Annotated[float, msgspec.Meta(gt=0, description="Age at which an online text is overdue.")] = (
         50.0
     )
     background_max_wait_ms: Annotated[
-        float, msgspec.Meta(gt=0, description="Age at which a background text is urgent.")
+        float, msgspec.Meta(gt=0, description="Age at which a background text is overdue.")
     ] = 250.0
+    online_batches_max: Annotated[
+        int,
+        msgspec.Meta(ge=1, description="Batches in a row that online texts lead while background ones are overdue."),
+    ] = 4
     chunk_texts: Annotated[
         int, msgspec.Meta(ge=1, le=65536, description="Texts of one call that are prepared at a time.")
     ] = 256

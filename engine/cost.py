@@ -1,8 +1,8 @@
 """What a batch costs: t(rows, length) = c0 + c1*rows*length + c2*rows*length^2 + c3*rows, in seconds. Pure.
 
-c0 is the price of a launch, c1 of a token through the linear layers, c2 of attention, c3 of a row (pooling, result).
-The coefficients are fitted by non-negative least squares on relative errors, so that small batches weigh as much as large
-ones, and refitted while running from a bounded memory of what batches really took.
+c0 is the price of a launch, c1 of a token through the linear layers, c2 of attention, c3 of a row (pooling,
+result). The coefficients are fitted by non-negative least squares on relative errors, so that small batches
+weigh as much as large ones, and refitted while running from a bounded memory of what batches really took.
 """
 
 from collections import OrderedDict
@@ -15,6 +15,10 @@ SHAPES_MAX: Final = 128
 REFIT_EVERY: Final = 64
 # A new observation's weight: a shape's time follows a change of load within about ten batches.
 SMOOTHING: Final = 0.2
+# Where the price of a token is read off, in tokens: the middle of what logs hold.
+TYPICAL_LENGTH: Final = 48
+# The longest batch that a budget is chosen for: what an online text may have to wait for.
+BATCH_S_MAX: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +46,14 @@ class CostModel:
         return length * (self.token_s + self.attention_s * length) + self.row_s
 
     def budget_tokens(self, efficiency: float = 0.95, least: int = 256, most: int = 32768) -> int:
-        """Tokens per batch, a power of two, at which the launch costs at most `1 - efficiency` of the time."""
-        wanted = self.launch_s / max(self.token_s, 1e-12) * efficiency / (1 - efficiency)
+        """Tokens per batch, a power of two, at which the launch costs at most `1 - efficiency` of the time.
+
+        Smaller when such a batch lasts longer than an online text should have to wait for it.
+        """
+        per_token_s = max(self.marginal_s(TYPICAL_LENGTH) / TYPICAL_LENGTH, 1e-12)
+        wanted = self.launch_s / per_token_s * efficiency / (1 - efficiency)
         budget = least
-        while budget < wanted and budget < most:
+        while budget < min(wanted, most) and 2 * budget * per_token_s <= BATCH_S_MAX:
             budget *= 2
         return budget
 
@@ -59,8 +67,8 @@ Sample = tuple[int, int, float]  # rows, padded length, seconds
 def fit(samples: Iterable[Sample]) -> CostModel:
     """Fits the model; at least two samples of different sizes make a useful one.
 
-    Non-negative least squares by trying every set of active terms: with four terms that is 15 tiny solves, exact, and
-    needs no SciPy.
+    Non-negative least squares by trying every set of active terms: with four terms that is 15 tiny solves,
+    exact, and needs no SciPy.
 
     Raises:
         ValueError: when there is no sample.

@@ -1,7 +1,8 @@
 """Default labels for zero-shot classification of system logs.
 
-A label is known by its descriptions alone; several short ones in the style of the lines to be sorted separate the
-labels better than one abstract sentence, and they are also what the calibration is fitted on (see `tasks`).
+A label is known by its descriptions alone; several short ones in the style of the lines to be sorted
+separate the labels better than one abstract sentence, and they are also what the calibration is fitted on
+(see `tasks`).
 """
 
 from typing import Final

@@ -71,7 +71,26 @@ def reference(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, str,
         default = "" if field.default is msgspec.NODEFAULT else repr(field.default)
         if field.default_factory is not msgspec.NODEFAULT:
             default = repr(field.default_factory())
-        yield name, type(inner).__name__.removesuffix("Type").lower(), default, description
+        yield name, _type_name(inner), default, description
+
+
+def _type_name(kind: msgspec.inspect.Type) -> str:
+    """How a person would write the type down."""
+    inner, _ = _unwrap(kind)
+    match inner:
+        case msgspec.inspect.LiteralType(values=values):
+            return " or ".join(repr(value) for value in values)
+        case msgspec.inspect.UnionType(types=types):
+            named = [t for t in types if not isinstance(t, msgspec.inspect.NoneType)]
+            return " or ".join(dict.fromkeys(_type_name(t) for t in named))
+        case msgspec.inspect.VarTupleType(item_type=item) | msgspec.inspect.ListType(item_type=item):
+            return f"list of {_type_name(item)}"
+        case msgspec.inspect.DictType(key_type=key, value_type=value):
+            return f"table of {_type_name(key)} = {_type_name(value)}"
+        case msgspec.inspect.StructType():
+            return "table"
+        case _:
+            return type(inner).__name__.removesuffix("Type").lower()
 
 
 def read_secret(path: str | None, what: str) -> str | None:

@@ -256,11 +256,7 @@ class MqttSession:
                 await _close(client)
 
     async def _until_up(self) -> None:
-        """Returns when connected and subscribed, or down.
-
-        Raises:
-            TimeoutError: (an OSError) when the broker says nothing.
-        """
+        """Returns when connected and subscribed, or down; raises TimeoutError (an OSError) when all is silent."""
         timeout_s = self._config.connect_timeout_s
         ends = [asyncio.create_task(event.wait()) for event in (self._up, self._down)]
         try:

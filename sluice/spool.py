@@ -406,8 +406,8 @@ class Spool:
         for row in done:
             self._db.index.drop(row)
             self._pinned.discard(row.key.pack())
-        if done and not self._db.directory.has_ballast:
-            self._db.directory.make_ballast()
+        if done:
+            self._db.restore_ballast()
         return sum(stop - start for start, stop in removed)
 
     def _overlapping(self, lineage: int, runs: Iterable[tuple[int, int]]) -> Iterator[Row]:

@@ -3,6 +3,7 @@
 Invariant: `state` and `index` describe the committed rows; after a commit that failed they are as before it.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
@@ -11,7 +12,7 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from sluice.config import Section
-from sluice.errors import Permanent
+from sluice.errors import Permanent, Retryable
 from sluice.spool_disk import (
     DATABASE,
     LINEAGE_MAX,
@@ -139,6 +140,14 @@ class SpoolDatabase:
         except DiskFull:
             self._release_ballast()
             self.commit(change, state)
+
+    def restore_ballast(self) -> None:
+        """Makes the ballast again after a full disk; an empty database gives its space back for that."""
+        if self.directory.has_ballast or self.directory.make_ballast() or self.index.item_count():
+            return
+        with contextlib.suppress(DiskFull, Retryable):
+            self.cache.shrink()
+            self.directory.make_ballast()
 
     def scan_priority(self, priority: int, count_max: int = -1) -> Iterator[Row]:
         """Items of one priority, the oldest first."""

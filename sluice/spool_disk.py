@@ -19,6 +19,7 @@ leaves it open when the COMMIT itself fails.
 """
 
 import contextlib
+import os
 import sqlite3
 import struct
 from collections.abc import Iterator, Mapping
@@ -46,13 +47,28 @@ ITEM_OVERHEAD_BYTES: Final = 512
 _KEY_MAX: Final = 2**62 - 1
 _TIME_MS_MAX: Final = 2**42 - 1
 _RECEIPT_BIT: Final = 1 << 20
+# With less than this an I/O error is taken for a full disk: the log's shared memory alone takes 32 KiB.
+_ROOM_BYTES: Final = 256 * 1024
+_WITHOUT_ROOM: Final = frozenset({sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN})
+_TRANSIENT: Final = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_READONLY,
+    }
+)
 _MODE_RAW: Final = diskcache.core.MODE_RAW
 _SETTINGS: Final[Mapping[str, Any]] = {
     "cull_limit": 0,
     "disk_min_file_size": 2**31,
     "eviction_policy": "none",
     "size_limit": 2**62,
-    "sqlite_auto_vacuum": 0,
+    # Incremental: only `shrink` gives pages back.
+    "sqlite_auto_vacuum": 2,
     "sqlite_cache_size": -1024,
     "sqlite_journal_mode": "wal",
     "sqlite_journal_size_limit": 8 * 1024 * 1024,
@@ -296,6 +312,12 @@ class ItemCache(diskcache.Cache):  # type: ignore[misc]
                         self._con.execute("ROLLBACK")
                 raise
 
+    def shrink(self) -> None:
+        """Gives the file system what the database does not use."""
+        with translated(Path(self.directory)):
+            # `execute` would take one step of it, which is one page.
+            self._con.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE)")
+
     def cursors(self) -> dict[str, bytes]:
         """All cursors that are what was written; a damaged one is left out."""
         cursors = {}
@@ -362,16 +384,17 @@ def translated(directory: Path) -> Iterator[None]:
 
 def _translate(error: sqlite3.Error, file: Path) -> Exception:
     code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
-    if code == sqlite3.SQLITE_FULL:
+    # SQLite reports some writes that found no room as I/O errors.
+    if code == sqlite3.SQLITE_FULL or (code in _WITHOUT_ROOM and _free_bytes(file.parent) < _ROOM_BYTES):
         return DiskFull(f"{file}: the disk is full")
-    if code in {
-        sqlite3.SQLITE_BUSY,
-        sqlite3.SQLITE_LOCKED,
-        sqlite3.SQLITE_IOERR,
-        sqlite3.SQLITE_READONLY,
-        sqlite3.SQLITE_CANTOPEN,
-        sqlite3.SQLITE_NOMEM,
-        sqlite3.SQLITE_PERM,
-    }:
+    if code in _TRANSIENT:
         return Retryable(f"{file}: {error}")
     return Damaged(f"{file}: {error}")
+
+
+def _free_bytes(directory: Path) -> int:
+    try:
+        stat = os.statvfs(directory)
+    except OSError:
+        return _ROOM_BYTES
+    return stat.f_bavail * stat.f_frsize

@@ -144,7 +144,7 @@ def parse_begin(text: str, now_s: float) -> dict[str, Any]:
     try:
         # Even the shortest token is far longer than a misspelt word.
         if len(text) >= 40:
-            return {"resume_token": base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))}
+            return {"resume_token": base64.b64decode(text + "=" * (-len(text) % 4), altchars="-_", validate=True)}
     except (binascii.Error, ValueError):
         pass
     raise ConfigError(f"--from {text[:64]!r} is neither latest, earliest, a time such as 10m, nor a resume token")

@@ -109,7 +109,7 @@ class SampleMaker:
         elif carrier == "label_name":
             record["labels"][value] = "seen"
         elif carrier == "payload":
-            record["payload"] = f'{{"reference": "{value}"}}'
+            record["payload"] = f'{{"reference": "{value}"}}'.encode()
             record["content_type"] = "application/json"
         return record
 

@@ -7,6 +7,7 @@ end of its log. The kernel ties a child's life to the *thread* that forked it, s
 the forking and lives until the last child has ended; the methods here may be called from any thread.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import IO, Final, Self
 
 from sluice.demo.bounded_log import BoundedLog, tail
 from sluice.demo.launch import command_line
@@ -67,6 +68,12 @@ class ManagedProcess:
         return self._popen.pid
 
     @property
+    def stdin(self) -> IO[bytes]:
+        """The pipe to its standard input, unbuffered; for one that was spawned with `stdin=PIPE`."""
+        assert self._popen.stdin is not None, "spawned with stdin=PIPE"
+        return self._popen.stdin
+
+    @property
     def returncode(self) -> int | None:
         """Exit status; minus the signal's number when a signal ended it; None while it runs."""
         with self._reap:
@@ -95,9 +102,9 @@ class ManagedProcess:
         pause = threading.Event()
         while not self.ready():
             if not self.alive:
-                raise self._failure(f"ended with status {self.returncode} before it was ready")
+                raise self.failure(f"ended with status {self.returncode} before it was ready")
             if time.monotonic() > deadline:
-                raise self._failure(f"was not ready after {timeout_s:g} s")
+                raise self.failure(f"was not ready after {timeout_s:g} s")
             pause.wait(_POLL_S)
 
     def wait(self, timeout_s: float) -> int | None:
@@ -137,7 +144,8 @@ class ManagedProcess:
         """The end of its output."""
         return tail(self.log_path, lines_max)
 
-    def _failure(self, what: str) -> ProcessFailed:
+    def failure(self, what: str) -> ProcessFailed:
+        """An error that says what happened, with the end of the log."""
         if not self.alive:
             self._finish()
         return ProcessFailed(f"{self.name} {what}; the end of {self.log_path}:\n{self.log_tail()}")
@@ -145,6 +153,9 @@ class ManagedProcess:
     def _finish(self) -> None:
         # A grandchild that outlived it may hold the pipe open: its output is not worth waiting for.
         self._pump.join(timeout=1.0)
+        if self._popen.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._popen.stdin.close()
 
     def _copy_output(self) -> None:
         pipe = self._popen.stdout
@@ -190,6 +201,7 @@ class Supervisor:
         ready_url: str | None = None,
         ready_line: str | None = None,
         ready_check: Callable[[], bool] | None = None,
+        stdin: int = subprocess.DEVNULL,
     ) -> ManagedProcess:
         """Starts a child; a name may be used again once its process has ended (a restart).
 
@@ -201,12 +213,13 @@ class Supervisor:
             ready_url: answers 200 when the child is ready (`http://127.0.0.1:PORT/readyz`).
             ready_line: a whole line of its output that says so.
             ready_check: says so itself, for what has neither.
+            stdin: `subprocess.PIPE` to write to it (`ManagedProcess.stdin`); nothing to read by default.
         """
         previous = self.processes.get(name)
         assert previous is None or not previous.alive, f"{name} still runs"
         self._log_dir.mkdir(parents=True, exist_ok=True)
         log = BoundedLog(self._log_dir / f"{name}.log", self._log_bytes_max)
-        popen = self._forker.submit(_fork, argv, {**os.environ, **(env or {})}, cwd).result()
+        popen = self._forker.submit(_fork, argv, {**os.environ, **(env or {})}, cwd, stdin).result()
         process = ManagedProcess(name, popen, log, ready_url=ready_url, ready_line=ready_line, ready_check=ready_check)
         self.processes[name] = process
         return process
@@ -230,12 +243,12 @@ class Supervisor:
         self._forker.shutdown()
 
 
-def _fork(argv: Sequence[str], env: Mapping[str, str], cwd: Path | None) -> subprocess.Popen[bytes]:
+def _fork(argv: Sequence[str], env: Mapping[str, str], cwd: Path | None, stdin: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         command_line(list(argv)),
         env=env,
         cwd=cwd,
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         bufsize=0,

@@ -13,7 +13,7 @@ import base64
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import zstandard
 
@@ -43,7 +43,7 @@ class Found:
     bytes: int = 0
     unopened: int = 0
 
-    PLACES_MAX: Final = 3
+    PLACES_MAX: ClassVar[int] = 3
 
     def note(self, token: str, kind: str, place: str) -> None:
         """Notes that a token was met."""
@@ -68,7 +68,7 @@ class TokenSearch:
         frames_max: compressed frames opened per blob.
     """
 
-    NEEDLE_BYTES_MIN: Final = 8
+    NEEDLE_BYTES_MIN: ClassVar[int] = 8
 
     def __init__(
         self,

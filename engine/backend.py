@@ -1,0 +1,90 @@
+"""The device behind the engine: a loaded model that turns rows of token ids into rows of numbers.
+
+A backend is driven by one thread. `submit` starts a batch and `collect` waits for it, in the order of
+submission; up to `info.depth` batches may be under way, so that copying and computing overlap where the
+device can do both.
+
+Fails: `DeviceOutOfMemory` from `submit` or `collect`: the batch did not run, the backend is still usable.
+Any other exception concerns that batch alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from sluice.errors import Retryable
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Rows = Sequence[npt.NDArray[np.int32]]
+    Outputs = Sequence[npt.NDArray[np.floating[Any]]]
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class DeviceOutOfMemory(Retryable):
+    """The batch does not fit into the device's memory now; a smaller one may."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendInfo:
+    """What is loaded, and how it wants to be driven.
+
+    Attributes:
+        device: `cpu`, `cuda:0`.
+        precision: of the weights.
+        depth: batches that may be under way.
+        exact_lengths: pad to the longest row of the batch; otherwise to the bucket's edge (fixed shapes).
+        length_max: longest row in tokens.
+        embedding_width: numbers of the embedding, at the front of an output row; 0 when there is none.
+        labels: of the logits behind the embedding; empty when there are none.
+    """
+
+    device: str
+    precision: Precision
+    depth: int
+    exact_lengths: bool
+    length_max: int
+    embedding_width: int
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Bytes on the device: in use by tensors, held by the allocator, free, and the highest use since `empty_cache`."""
+
+    allocated: int
+    reserved: int
+    free: int
+    peak: int
+
+
+class Backend(Protocol):
+    """See the module's docstring."""
+
+    @property
+    def info(self) -> BackendInfo:
+        """What is loaded."""
+        ...
+
+    def submit(self, rows: "Rows", length: int) -> object:
+        """Starts a batch of int32 rows, each 1 to `length` ids; returns a ticket for `collect`."""
+        ...
+
+    def collect(self, ticket: object) -> "Outputs":
+        """Waits for a batch; one array per row: float16 without logits, else float32. The arrays are the caller's."""
+        ...
+
+    def memory(self) -> DeviceMemory:
+        """Memory now."""
+        ...
+
+    def empty_cache(self) -> None:
+        """Gives back what the allocator holds beyond need and resets the peak."""
+        ...
+
+    def close(self) -> None:
+        """Releases the model. Idempotent."""
+        ...

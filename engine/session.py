@@ -1,0 +1,158 @@
+"""One loaded model at work: from texts to outcomes. Several may live side by side; `service` holds the one in use.
+
+Threads: this object lives on the event loop; `host` is the one thread that prepares texts and reads
+results; the runner's thread drives the device and reports through `settle`.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, TypeVar
+
+from engine.analysis import Analysis, BadText, Reading
+from engine.config import EngineConfig
+from engine.flights import NO_DEADLINE, Call, DeadlinePassed, Flights
+from engine.lane import Priority
+from engine.loading import Loaded
+from engine.novelty import Novelty
+from engine.prepare import CacheCounts, Prepared, Preparer
+from engine.results import Output
+from engine.runner import Report, Runner
+from engine.tasks import find
+from sluice.errors import Backpressure
+
+# Batches whose results wait to be put into the result cache; beyond it they are not remembered.
+_REMEMBER_MAX: Final = 64
+
+_T = TypeVar("_T")
+
+
+class Session:
+    """See the module's docstring.
+
+    Args:
+        config: the engine's section.
+        loaded: the model.
+        runner: driving its backend.
+        host: an executor with one thread.
+        clock: the runner's.
+        on_damage: told, on the event loop's thread or the host's, when a cache is damaged.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        loaded: Loaded,
+        runner: Runner,
+        host: ThreadPoolExecutor,
+        clock: Callable[[], float],
+        on_damage: Callable[[str], None],
+    ) -> None:
+        self.loaded = loaded
+        self.runner = runner
+        self.flights = Flights(runner)
+        self._config = config
+        self._host = host
+        self._clock = clock
+        self._on_damage = on_damage
+        self._preparer = Preparer(
+            loaded.tokenizer, loaded.version.encode(), config.text_bytes_max, config.caches, on_damage
+        )
+        self._width = loaded.backend.info.embedding_width
+        self._novelty = Novelty(config.novelty, self._width) if config.novelty.enabled and self._width else None
+        self._remembering: set[asyncio.Future[None]] = set()
+
+    @property
+    def cache_counts(self) -> CacheCounts:
+        """Hits and misses so far."""
+        return self._preparer.counts
+
+    def reading(self, task: str, stream: str, *, embed: bool) -> Reading:
+        """How a call's outcomes will be read.
+
+        Raises:
+            Permanent: no such task with this model.
+        """
+        reader = find(self.loaded.tasks, task, self.loaded.card.name)
+        return Reading(reader, self._width, embed or task == "embed", self._novelty, task == "novelty", stream)
+
+    async def compute(
+        self, texts: Sequence[str], stream: str, priority: Priority, deadline_s: float | None
+    ) -> list[Output | Exception | None]:
+        """An outcome for each text. Cancelling it drops what still waits.
+
+        Raises:
+            Backpressure: too many tokens wait.
+            Retryable: the runner is stopping.
+        """
+        call = Call(len(texts))
+        until_s = NO_DEADLINE if deadline_s is None else self._clock() + deadline_s
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._feed(call, texts, stream, priority, until_s)
+                await call.wait()
+        except TimeoutError:
+            late = DeadlinePassed(f"its deadline of {deadline_s} s passed")
+            for position in range(len(texts)):
+                call.deliver(position, late)
+        finally:
+            self.flights.leave(call)
+        return call.outcomes
+
+    async def read(self, reading: Reading, outcomes: Sequence[Output | Exception | None]) -> list[Analysis]:
+        """Reads a call's outcomes on the host thread."""
+        return await self._on_host(reading.read, outcomes)
+
+    def settle(self, report: Report) -> None:
+        """A batch is done: on the event loop's thread."""
+        fresh = self.flights.settle(report)
+        if fresh and len(self._remembering) < _REMEMBER_MAX:
+            future = asyncio.ensure_future(self._on_host(self._preparer.remember, fresh))
+            self._remembering.add(future)
+            future.add_done_callback(self._remembered)
+
+    async def close(self) -> None:
+        """Closes the caches, after what is being remembered. The runner has ended before."""
+        if self._remembering:
+            await asyncio.wait(self._remembering)
+        await self._on_host(self._preparer.close)
+
+    async def _feed(self, call: Call, texts: Sequence[str], stream: str, priority: Priority, until_s: float) -> None:
+        """Prepares the texts chunk by chunk and puts them under way, waiting for room between chunks."""
+        cache = self._preparer.caches(stream)
+        size = self._config.chunk_texts
+        for start in range(0, len(texts), size):
+            prepared = await self._on_host(self._preparer.prepare, texts[start : start + size], stream)
+            wanted = _deliver_known(call, start, prepared)
+            while wanted:
+                try:
+                    self.flights.board(
+                        call, wanted, now_s=self._clock(), priority=priority, deadline_s=until_s, cache=cache
+                    )
+                    break
+                except Backpressure as full:
+                    # The first chunk decides whether the call is accepted; the others wait for room.
+                    if not start:
+                        raise
+                    await self.flights.room(full.retry_after_s)
+
+    def _remembered(self, future: "asyncio.Future[None]") -> None:
+        self._remembering.discard(future)
+        if not future.cancelled() and (error := future.exception()):
+            self._on_damage(f"result cache: {error!r}")
+
+    async def _on_host(self, function: Callable[..., _T], *arguments: object) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._host, function, *arguments)
+
+
+def _deliver_known(call: Call, start: int, prepared: Sequence[Prepared]) -> list[tuple[int, Prepared]]:
+    """Delivers errors and cached outputs; returns what the device must compute, with its position in the call."""
+    wanted = []
+    for position, text in enumerate(prepared, start):
+        if text.error:
+            call.deliver(position, BadText(text.error))
+        elif text.output is not None:
+            call.deliver(position, text.output)
+        else:
+            wanted.append((position, text))
+    return wanted

@@ -1,0 +1,148 @@
+"""The engine's figures: counted once, shown twice (`Engine.stats()` and Prometheus)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from engine.analysis import Analysis
+from engine.buckets import reporting_class
+from engine.config import REPORTING_CLASSES
+from engine.prepare import CacheCounts
+from engine.runner import Report
+from sluice.telemetry import Event, Telemetry
+
+LOADED = Event(name="engine_model_loaded", unit="models", help="Models loaded.", labels=("model",))
+TEXT_FAILED = Event(
+    name="engine_text_failed", unit="texts", help="Texts that got an error.", labels=("reason",), level="debug"
+)
+OUT_OF_MEMORY = Event(
+    name="engine_batch_split", unit="batches", help="Batches split after a failure of the device.", level="warning"
+)
+CACHE_DAMAGED = Event(
+    name="engine_cache_damaged", unit="entries", help="Cache entries or files that were not usable.", level="warning"
+)
+REFUSED = Event(
+    name="engine_call_refused", unit="calls", help="Calls refused because the queue was full.", level="debug"
+)
+# From one cached online text to a long background queue.
+_LATENCY_BUCKETS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot; counts since the start.
+
+    Attributes:
+        batches: per reporting class (32, 64, ...).
+        padding_share: of the computed tokens, those that were padding.
+        queue_tokens: waiting now.
+        device_busy_s: time the device computed.
+    """
+
+    texts: int = 0
+    texts_computed: int = 0
+    texts_failed: int = 0
+    texts_truncated: int = 0
+    texts_coalesced: int = 0
+    texts_expired: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    padding_share: float = 0.0
+    batches: dict[int, int] = field(default_factory=dict)
+    batch_splits: int = 0
+    queue_tokens: int = 0
+    token_cache_hits: int = 0
+    token_cache_misses: int = 0
+    result_cache_hits: int = 0
+    result_cache_misses: int = 0
+    device_busy_s: float = 0.0
+
+
+class EngineCounters:
+    """Counts on the event loop's thread. One per Telemetry: metric names are unique in a registry."""
+
+    def __init__(self, telemetry: Telemetry, classes: Sequence[int] = REPORTING_CLASSES) -> None:
+        self.telemetry = telemetry
+        self._classes = classes
+        self.texts = self.texts_computed = self.texts_failed = self.texts_truncated = 0
+        self.texts_expired = 0
+        self.tokens = self.padded_tokens = self.batch_splits = 0
+        self.batches = dict.fromkeys(classes, 0)
+        self._seen = CacheCounts()
+        self._texts_metric = telemetry.counter("engine_texts", "Texts analysed.", ["task", "priority"])
+        self._batches_metric = telemetry.counter("engine_batches", "Batches, by length class.", ["length"])
+        self._tokens_metric = telemetry.counter("engine_tokens", "Tokens computed.", ["kind"])
+        self._cache_metric = telemetry.counter("engine_cache_lookups", "Cache lookups.", ["cache", "outcome"])
+        self._truncated_metric = telemetry.counter("engine_texts_truncated", "Texts that were truncated.")
+        self._busy_metric = telemetry.counter("engine_device_busy_seconds", "Time the device computed.")
+        self._queue_gauge = telemetry.gauge("engine_queue_tokens", "Tokens waiting.")
+        self._latency = telemetry.histogram(
+            "engine_call_latency_seconds", "From call to result.", _LATENCY_BUCKETS_S, ["priority"]
+        )
+
+    def call(self, task: str, priority: str, analyses: Sequence[Analysis], seconds: float) -> None:
+        """A call of `analyze` was answered."""
+        self.texts += len(analyses)
+        self._texts_metric.labels(task, priority).inc(len(analyses))
+        self._latency.labels(priority).observe(seconds)
+        truncated = sum(analysis.truncated for analysis in analyses)
+        self.texts_truncated += truncated
+        self._truncated_metric.inc(truncated)
+
+    def batch(self, report: Report, queue_tokens: int) -> None:
+        """A batch is done."""
+        self._queue_gauge.set(queue_tokens)
+        if not report.rows:
+            return
+        length = reporting_class(report.length, self._classes)
+        self.batches[length] += 1
+        self.texts_computed += report.rows
+        self.tokens += report.tokens
+        self.padded_tokens += report.padded_tokens
+        self._batches_metric.labels(str(length)).inc()
+        self._tokens_metric.labels("real").inc(report.tokens)
+        self._tokens_metric.labels("padding").inc(max(0, report.padded_tokens - report.tokens))
+        self._busy_metric.inc(max(0.0, report.seconds))
+        if report.splits:
+            self.batch_splits += report.splits
+            self.telemetry.emit(OUT_OF_MEMORY, report.splits, rows=report.rows, length=report.length)
+
+    def failed(self, reason: str, texts: int = 1) -> None:
+        """Texts got an error; `reason` is one of few words."""
+        self.texts_failed += texts
+        if reason == "deadline":
+            self.texts_expired += texts
+        self.telemetry.emit(TEXT_FAILED, texts, reason=reason)
+
+    def caches(self, counts: CacheCounts) -> None:
+        """Exports what the caches counted since the last time."""
+        for cache in ("token", "result"):
+            for outcome in ("hits", "misses"):
+                name = f"{cache}_{outcome}"
+                new = getattr(counts, name) - getattr(self._seen, name)
+                if new:
+                    self._cache_metric.labels(cache, outcome).inc(new)
+                    setattr(self._seen, name, getattr(counts, name))
+
+    def snapshot(self, queue_tokens: int, busy_s: float, coalesced: int) -> EngineStats:
+        """All figures now."""
+        padding = 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
+        return EngineStats(
+            texts=self.texts,
+            texts_computed=self.texts_computed,
+            texts_failed=self.texts_failed,
+            texts_truncated=self.texts_truncated,
+            texts_coalesced=coalesced,
+            texts_expired=self.texts_expired,
+            tokens=self.tokens,
+            padded_tokens=self.padded_tokens,
+            padding_share=max(0.0, padding),
+            batches=dict(self.batches),
+            batch_splits=self.batch_splits,
+            queue_tokens=queue_tokens,
+            token_cache_hits=self._seen.token_hits,
+            token_cache_misses=self._seen.token_misses,
+            result_cache_hits=self._seen.result_hits,
+            result_cache_misses=self._seen.result_misses,
+            device_busy_s=busy_s,
+        )

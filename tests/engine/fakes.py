@@ -1,0 +1,127 @@
+"""A device for tests, and an engine's parts around it.
+
+`FakeBackend` passes the same conformance suite as the real ones. It runs out of memory at will: above a number of
+padded tokens, or at chosen submissions; and it fails on rows that hold a poisoned id.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine import tasks
+from engine.backend import BackendInfo, DeviceMemory, DeviceOutOfMemory
+from engine.buckets import Ladder
+from engine.config import EngineConfig
+from engine.cost import CostTracker
+from engine.loading import Loaded, embed
+from engine.memory import Admission
+from engine.models import ModelCard
+from engine.scheduler import Limits, Scheduler
+from engine.tokens import Tokenizer
+
+WIDTH = 32
+_DIRECTIONS = np.random.default_rng(7).normal(size=(4096, WIDTH)).astype(np.float32)
+
+
+def byte_tokenizer(length_max: int = 64) -> Tokenizer:
+    """A real fast tokenizer, made here: a token per byte between [CLS] and [SEP]."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import models, pre_tokenizers, processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"[CLS]": 0, "[SEP]": 1, **{symbol: i + 2 for i, symbol in enumerate(alphabet)}}
+    fast = Fast(models.BPE(vocabulary, []))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
+    )
+    return Tokenizer(fast, length_max)
+
+
+@dataclass
+class FakeBackend:
+    """A bag of ids as a vector: right whatever the padding and the neighbours are."""
+
+    depth: int = 1
+    exact_lengths: bool = True
+    length_max: int = 64
+    memory_tokens: int = 1 << 30
+    fail_submissions: set[int] = field(default_factory=set)
+    poison: int = -1
+    batches: list[tuple[int, int]] = field(default_factory=list)
+    submissions: int = 0
+    emptied: int = 0
+    closed: bool = False
+    gate: threading.Event | None = None
+    started: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def info(self) -> BackendInfo:
+        return BackendInfo("fake", "fp32", self.depth, self.exact_lengths, self.length_max, WIDTH)
+
+    def submit(self, rows: Sequence[npt.NDArray[np.int32]], length: int) -> object:
+        assert rows
+        assert all(0 < len(row) <= length <= self.length_max for row in rows)
+        self.submissions += 1
+        if len(rows) * length > self.memory_tokens or self.submissions in self.fail_submissions:
+            raise DeviceOutOfMemory(f"{len(rows)} rows of {length}")
+        self.batches.append((len(rows), length))
+        return [np.array(row) for row in rows]
+
+    def collect(self, ticket: object) -> list[npt.NDArray[np.float16]]:
+        assert isinstance(ticket, list)
+        self.started.set()
+        if self.gate is not None:
+            assert self.gate.wait(30), "the test forgot to open the gate"
+        if any(self.poison in row for row in ticket):
+            raise RuntimeError("poisoned")
+        return [embedding(row) for row in ticket]
+
+    def memory(self) -> DeviceMemory:
+        return DeviceMemory(0, 0, 1 << 30, 0)
+
+    def empty_cache(self) -> None:
+        self.emptied += 1
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def embedding(ids: Sequence[int] | npt.NDArray[np.int32]) -> npt.NDArray[np.float16]:
+    """What the fake makes of a row."""
+    total = _DIRECTIONS[np.asarray(ids) % len(_DIRECTIONS)].sum(0)
+    return (total / np.linalg.norm(total)).astype(np.float16)
+
+
+LABELS = {"good": ("all fine", "it works well"), "bad": ("it is broken", "a failure")}
+
+
+def fake_loader(
+    backend: Any, *, tokenizer: Tokenizer | None = None, batch_tokens: int = 256
+) -> Callable[[EngineConfig], Loaded]:
+    """A loader for `Engine` around a given backend."""
+
+    def load(config: EngineConfig) -> Loaded:
+        tokens = tokenizer or byte_tokenizer(backend.info.length_max)
+        ladder = Ladder(config.ladder, backend.info.length_max)
+        costs = CostTracker()
+        budget = batch_tokens if config.batch_tokens == "auto" else config.batch_tokens
+        waits = (config.online_max_wait_ms / 1000, config.background_max_wait_ms / 1000)
+        limits = Limits(budget, config.batch_rows_max, config.queue_tokens_max, config.online_share, waits)
+        gate, backend.gate = getattr(backend, "gate", None), None
+        offered = tasks.build(backend.info, LABELS, lambda texts: embed(backend, tokens, texts, config.text_bytes_max))
+        backend.gate = gate
+        if hasattr(backend, "started"):
+            backend.started.clear()
+            backend.batches.clear()
+            backend.submissions = 0
+        card = ModelCard("fake", Path(), "0" * 12, "embedding", backend.info.length_max, "mean", (), {})
+        scheduler = Scheduler(ladder, limits, costs.model)
+        return Loaded(card, backend, tokens, ladder, costs, Admission(budget), scheduler, offered, {"model": "fake"})
+
+    return load

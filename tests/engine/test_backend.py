@@ -1,0 +1,95 @@
+"""One conformance suite for every backend: the fake device, PyTorch on the CPU, and on CUDA where there is one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine import models
+from engine.backend import Backend
+from engine.config import EngineConfig
+from tests.engine.fakes import FakeBackend
+
+NAMES = ["fake", "bert", "bert-cls", "head", "distilbert", "roberta"]
+GPU = [pytest.param(f"cuda:{name}", marks=pytest.mark.gpu) for name in ("bert", "head", "distilbert")]
+
+
+@pytest.fixture(params=[*NAMES, *GPU])
+def backend(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Iterator[Backend]:
+    device, _, name = request.param.rpartition(":")
+    opened = FakeBackend() if name == "fake" else open_tiny(tiny_models[name], device=device or "cpu")
+    yield opened
+    opened.close()
+    opened.close()
+
+
+def open_tiny(folder: Path, **changes: Any) -> Backend:
+    from engine.torch_backend import open_backend
+
+    config = EngineConfig(**{"model": str(folder), "precision": "fp32", "device": "cpu", **changes})
+    return open_backend(config, models.read_card(str(folder), folder), {})
+
+
+def rows(*lengths: int) -> list[np.ndarray]:  # type: ignore[type-arg]
+    chance = np.random.default_rng(7)
+    return [chance.integers(4, 30, length).astype(np.int32) for length in lengths]
+
+
+def run(backend: Backend, batch: list[np.ndarray], length: int | None = None) -> list[np.ndarray]:  # type: ignore[type-arg]
+    return list(backend.collect(backend.submit(batch, length or max(len(row) for row in batch))))
+
+
+def same(left: np.ndarray, right: np.ndarray) -> bool:  # type: ignore[type-arg]
+    a, b = left.astype(np.float64), right.astype(np.float64)
+    return bool(a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.9999)
+
+
+def test_a_row_does_not_depend_on_its_neighbours_or_its_padding(backend: Backend) -> None:
+    batch = rows(3, 17, 1, 40, 8)
+    alone = [run(backend, [row])[0] for row in batch]
+    longest = backend.info.length_max
+    for together in (run(backend, batch), run(backend, batch, longest)):
+        assert all(same(one, other) for one, other in zip(alone, together, strict=True))
+    assert not same(alone[0], alone[1]), "the test must be able to fail"
+
+
+def test_order_is_kept_and_the_width_is_as_announced(backend: Backend) -> None:
+    batch = rows(*range(2, 20))
+    forward, backward = run(backend, batch), run(backend, batch[::-1])
+    assert all(same(one, other) for one, other in zip(forward, backward[::-1], strict=True))
+    width = backend.info.embedding_width + len(backend.info.labels)
+    assert all(row.shape == (width,) for row in forward)
+    assert all(row.dtype == (np.float32 if backend.info.labels else np.float16) for row in forward)
+    norms = [np.linalg.norm(row[: backend.info.embedding_width].astype(np.float32)) for row in forward]
+    np.testing.assert_allclose(norms, 1, atol=2e-3)
+
+
+def test_as_many_batches_as_announced_may_be_under_way(backend: Backend) -> None:
+    batches = [rows(5, 9)[::step] for step in (1, -1)] * 2
+    expected = [run(backend, batch) for batch in batches]
+    tickets: list[object] = []
+    got = []
+    for batch in batches:
+        if len(tickets) == backend.info.depth:
+            got.append(list(backend.collect(tickets.pop(0))))
+        tickets.append(backend.submit(batch, 9))
+    got += [list(backend.collect(ticket)) for ticket in tickets]
+    for one, other in zip(expected, got, strict=True):
+        assert all(same(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_outputs_are_the_callers_for_good(backend: Backend) -> None:
+    first = run(backend, rows(7, 7))
+    kept = [row.copy() for row in first]
+    for _ in range(4):
+        run(backend, rows(9, 9))
+    assert all((row == copy).all() for row, copy in zip(first, kept, strict=True))
+
+
+def test_every_shape_runs_and_memory_is_told(backend: Backend) -> None:
+    for count, length in ((1, 1), (1, backend.info.length_max), (33, 5), (64, 16), (5, 8), (33, 5)):
+        assert len(run(backend, rows(*[length] * count))) == count
+    backend.empty_cache()
+    assert backend.memory().free > 0

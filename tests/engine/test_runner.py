@@ -1,0 +1,192 @@
+"""The runner on a device that fails at will."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.buckets import Ladder
+from engine.config import LADDER
+from engine.cost import PRIOR, CostTracker
+from engine.lane import Item, Priority
+from engine.memory import Admission
+from engine.runner import Report, Runner
+from engine.scheduler import Limits, Scheduler
+from sluice.errors import Backpressure, Retryable
+from tests.engine.fakes import FakeBackend, embedding
+
+POISON = 999
+
+
+class Desk:
+    """A runner with its reports."""
+
+    def __init__(self, backend: FakeBackend, budget: int = 256) -> None:
+        limits = Limits(budget, 64, 10_000, 0.25, (0.05, 0.25))
+        scheduler = Scheduler(Ladder(LADDER, backend.length_max), limits, PRIOR)
+        self.admission = Admission(budget)
+        self.reports: list[Report] = []
+        self.runner = Runner(backend, scheduler, CostTracker(), self.admission, self._report)
+        self._wanted = 0
+        self._done = threading.Event()
+
+    @property
+    def outcomes(self) -> dict[int, object]:
+        return {key: value for report in self.reports for key, value in report.outputs.items()}
+
+    def _report(self, report: Report) -> None:
+        for key in report.outputs:
+            assert key not in self.outcomes, "reported twice"
+        self.reports.append(report)
+        settled = len(self.outcomes) + sum(len(each.expired) for each in self.reports)
+        if settled >= self._wanted:
+            self._done.set()
+
+    def run(self, rows: list[np.ndarray]) -> None:  # type: ignore[type-arg]
+        """Adds all rows, runs until all are reported."""
+        self._wanted = len(rows)
+        items = [Item(i, len(row), Priority.BACKGROUND, 0.0) for i, row in enumerate(rows)]
+        if rows:
+            self.runner.add(items, rows)
+        with self.running():
+            assert not rows or self._done.wait(30)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        thread = threading.Thread(target=self.runner.run, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self.runner.stop()
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+def rows(*lengths: int) -> list[np.ndarray]:  # type: ignore[type-arg]
+    return [np.full(length, 2 + i % 500, np.int32) for i, length in enumerate(lengths)]
+
+
+def right(outcome: object, row: np.ndarray) -> bool:  # type: ignore[type-arg]
+    return isinstance(outcome, np.ndarray) and bool((outcome == embedding(row)).all())
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.integers(1, 64), max_size=60),
+    st.integers(64, 300),
+    st.sets(st.integers(1, 30), max_size=6),
+    st.booleans(),
+    st.sampled_from([1, 2]),
+)
+def test_out_of_memory_never_loses_doubles_or_changes_a_text(
+    lengths: list[int], memory: int, failures: set[int], exact: bool, depth: int
+) -> None:
+    backend = FakeBackend(memory_tokens=memory, fail_submissions=failures, exact_lengths=exact, depth=depth)
+    desk = Desk(backend, budget=512)
+    batch = rows(*lengths)
+    desk.run(batch)
+    assert desk.outcomes.keys() == set(range(len(batch)))
+    # A text alone is tried twice: it may fail only if memory failed twice in a row.
+    wrong = [i for i, row in enumerate(batch) if not right(desk.outcomes[i], row)]
+    assert all(isinstance(desk.outcomes[i], Retryable) for i in wrong)
+    assert len(wrong) <= len(failures) // 2
+
+
+def test_out_of_memory_empties_the_cache_splits_and_lowers_the_limit() -> None:
+    backend = FakeBackend(memory_tokens=100, exact_lengths=False)
+    desk = Desk(backend, budget=256)
+    batch = rows(*[16] * 64)
+    desk.run(batch)
+    assert all(right(desk.outcomes[i], row) for i, row in enumerate(batch))
+    assert backend.emptied >= 1
+    assert desk.admission.tokens_max <= 128
+    assert sum(report.splits for report in desk.reports) >= 1
+    assert max(count * length for count, length in backend.batches) <= 100
+
+
+def test_a_text_that_never_fits_fails_alone_with_a_message() -> None:
+    backend = FakeBackend(memory_tokens=40)
+    desk = Desk(backend)
+    batch = rows(8, 64, 8)
+    desk.run(batch)
+    assert right(desk.outcomes[0], batch[0])
+    assert right(desk.outcomes[2], batch[2])
+    assert "does not fit into the device's memory" in str(desk.outcomes[1])
+
+
+def test_a_text_that_makes_the_device_fail_fails_alone() -> None:
+    backend = FakeBackend(poison=POISON)
+    desk = Desk(backend)
+    batch = rows(*[10] * 30)
+    batch[17] = np.array([5, POISON, 7], np.int32)
+    desk.run(batch)
+    assert "poisoned" in str(desk.outcomes[17])
+    assert all(right(desk.outcomes[i], row) for i, row in enumerate(batch) if i != 17)
+
+
+def test_what_waits_when_it_stops_gets_an_error() -> None:
+    gate = threading.Event()
+    backend = FakeBackend(gate=gate)
+    desk = Desk(backend, budget=64)
+    batch = rows(*[60] * 5)
+    desk.runner.add([Item(i, 60, Priority.BACKGROUND, 0.0) for i in range(5)], batch)
+    with desk.running():
+        assert backend.started.wait(30)
+        desk.runner.stop()
+        gate.set()
+    assert desk.outcomes.keys() == set(range(5))
+    assert sum(isinstance(outcome, Retryable) for outcome in desk.outcomes.values()) == 4
+    with pytest.raises(Retryable, match="stopping"):
+        desk.runner.add([Item(9, 5, Priority.ONLINE, 0.0)], rows(5))
+
+
+def test_what_is_cancelled_while_it_waits_is_not_computed() -> None:
+    gate = threading.Event()
+    backend = FakeBackend(gate=gate)
+    desk = Desk(backend, budget=64)
+    desk.runner.add([Item(i, 60, Priority.BACKGROUND, float(i)) for i in range(4)], rows(*[60] * 4))
+    with desk.running():
+        assert backend.started.wait(30)
+        assert desk.runner.cancel([0, 1, 2, 3]) == [1, 2, 3]
+        gate.set()
+    assert desk.outcomes.keys() == {0}
+    assert backend.submissions == 1
+
+
+def test_expired_texts_are_reported_and_never_computed() -> None:
+    backend = FakeBackend()
+    desk = Desk(backend)
+    desk._wanted = 2
+    late = Item(0, 10, Priority.ONLINE, 0.0, deadline_s=0.1)
+    desk.runner.add([late, Item(1, 10, Priority.ONLINE, 0.0)], rows(10, 10))
+    with desk.running():
+        assert desk._done.wait(30)
+    assert [report.expired for report in desk.reports if report.expired] == [(0,)]
+    assert desk.outcomes.keys() == {1}
+
+
+def test_a_full_queue_refuses_and_keeps_nothing_of_the_call() -> None:
+    desk = Desk(FakeBackend())
+    many = [Item(i, 60, Priority.BACKGROUND, 0.0) for i in range(120)]
+    desk.runner.add(many, rows(*[60] * 120))
+    with pytest.raises(Backpressure):
+        desk.runner.add([Item(500 + i, 60, Priority.BACKGROUND, 0.0) for i in range(120)], rows(*[60] * 120))
+    assert desk.runner.queued_tokens == 7200
+    desk._wanted = 120
+    with desk.running():
+        assert desk._done.wait(30)
+
+
+def test_reports_add_up() -> None:
+    backend = FakeBackend(exact_lengths=False)
+    desk = Desk(backend)
+    lengths = [3, 17, 30, 64, 9, 12] * 10
+    desk.run(rows(*lengths))
+    assert sum(report.rows for report in desk.reports) == 60
+    assert sum(report.tokens for report in desk.reports) == sum(lengths)
+    assert sum(report.padded_tokens for report in desk.reports) == sum(r * n for r, n in backend.batches)
