@@ -18,7 +18,7 @@ from sluice.errors import ConfigError
 
 PREFIX: Final = "SLUICE_"
 # Variables of this prefix that are not configuration keys.
-RESERVED: Final = frozenset({"SLUICE_CONFIG", "SLUICE_CACHE"})
+RESERVED: Final = frozenset({"SLUICE_CACHE", "SLUICE_CONFIG", "SLUICE_TARGET"})
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

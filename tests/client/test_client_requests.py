@@ -1,0 +1,112 @@
+import random
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protos import feed_pb2
+from sluice.backoff import Backoff
+from sluice.client.analyzing import ATTEMPTS_MAX, Ask, Books
+from sluice.client.requests import Progress, build_filter, build_start
+from sluice.errors import Permanent, Retryable
+
+BEAT = feed_pb2.Heartbeat(server_time_us=1)
+
+
+def progress(outage_s_max: float | None = None) -> Progress:
+    return Progress(build_filter(), build_start("earliest", None), Backoff(1.0, 8.0, random.Random(7)), outage_s_max)
+
+
+def test_it_asks_for_what_comes_behind_the_last_message() -> None:
+    state = progress()
+    assert state.request().start.earliest
+    assert state.token is None
+    state.received(feed_pb2.FeedBatch(heartbeat=BEAT, resume_token=b"one"))
+    assert state.disconnected("UNAVAILABLE", "gone", 0.0) <= 1.0
+    assert state.request().start.resume_token == b"one"
+    state.received(feed_pb2.FeedBatch(drain=feed_pb2.Drain(), resume_token=b"two"))
+    assert state.request().start.resume_token == state.token == b"two"
+
+
+def test_the_delay_grows_until_a_message_comes_but_a_drain_is_no_success() -> None:
+    state = progress()
+    delays = []
+    for _ in range(200):
+        state.received(feed_pb2.FeedBatch(drain=feed_pb2.Drain(), resume_token=b"t"))
+        delays.append(state.disconnected("OK", "drained", 0.0))
+    assert 4.0 < max(delays) <= 8.0
+    state.received(feed_pb2.FeedBatch(heartbeat=BEAT, resume_token=b"t"))
+    assert state.disconnected("UNAVAILABLE", "", 0.0) <= 1.0
+
+
+@pytest.mark.parametrize("code", ["INVALID_ARGUMENT", "OUT_OF_RANGE", "UNAUTHENTICATED", "UNIMPLEMENTED"])
+def test_what_is_wrong_with_the_request_is_not_tried_again(code: str) -> None:
+    with pytest.raises(Permanent, match="the token is forged"):
+        progress().disconnected(code, "the token is forged", 0.0)
+
+
+def test_an_outage_is_limited_by_its_own_length_not_by_attempts() -> None:
+    state = progress(outage_s_max=10.0)
+    state.disconnected("UNAVAILABLE", "", 100.0)
+    state.disconnected("UNAVAILABLE", "", 109.0)
+    state.received(feed_pb2.FeedBatch(heartbeat=BEAT, resume_token=b"t"))
+    state.disconnected("UNAVAILABLE", "", 120.0)
+    with pytest.raises(Retryable, match=r"10\.0 s.*refused"):
+        state.disconnected("UNAVAILABLE", "refused", 130.0)
+
+
+def test_starts_are_told_apart() -> None:
+    moment = datetime(2026, 1, 2, tzinfo=UTC)
+    assert build_start("latest", None).latest
+    assert build_start(moment, None).time_us == int(moment.timestamp()) * 1_000_000
+    assert build_start(5, None).time_us == 5
+    assert build_start("earliest", b"t").WhichOneof("at") == "resume_token"
+    with pytest.raises(Permanent, match="time zone"):
+        build_start(datetime(2026, 1, 2), None)  # noqa: DTZ001 - that is the point
+    with pytest.raises(Permanent, match="yesterday"):
+        build_start("yesterday", None)  # type: ignore[arg-type]
+    with pytest.raises(Permanent, match="kinds"):
+        build_filter(kinds=["record"])  # type: ignore[list-item]
+
+
+@given(st.lists(st.text(max_size=5), max_size=60), st.integers(1, 8), st.data())
+def test_every_text_gets_one_answer_in_order_whatever_comes_back_first(
+    texts: list[str], window: int, data: st.DataObject
+) -> None:
+    books = Books(iter(texts), Ask(), window)
+    waiting = list(books.next_requests())
+    answers = []
+    while not books.finished:
+        assert 0 < len(waiting) <= window
+        request = waiting.pop(data.draw(st.integers(0, len(waiting) - 1)))
+        response = feed_pb2.AnalyzeResponse(request_id=request.request_id)
+        if data.draw(st.booleans()):
+            response.error.code = feed_pb2.AnalyzeError.CODE_OVERLOADED
+        else:
+            response.result.label = request.text
+        again = books.take(response)
+        waiting += [again[0]] if again else []
+        answers += books.answers()
+        waiting += books.next_requests()
+    assert [answer.text for answer in answers] == texts
+    assert [answer.index for answer in answers] == list(range(len(texts)))
+    assert all(answer.error_code == "overloaded" or answer.label == answer.text for answer in answers)
+
+
+def test_an_overloaded_server_is_asked_again_later_but_not_for_ever() -> None:
+    books = Books(["text"], Ask(deadline_s=1.5, priority="background", embed=True))
+    (request,) = books.next_requests()
+    assert (request.deadline_ms, request.priority, request.want_embedding) == (1500, 1, True)
+    overloaded = feed_pb2.AnalyzeResponse(
+        request_id="0",
+        error=feed_pb2.AnalyzeError(code=feed_pb2.AnalyzeError.CODE_OVERLOADED, retry_after_ms=250),
+    )
+    for _ in range(ATTEMPTS_MAX - 1):
+        again = books.take(overloaded)
+        assert again is not None
+        assert again[1] == 0.25
+    assert books.take(overloaded) is None
+    (answer,) = books.answers()
+    assert answer.error_code == "overloaded"
+    assert books.finished
