@@ -143,10 +143,7 @@ def as_json_text(findings: list[Finding]) -> str:
 def check_python() -> Findings:
     """The interpreter's and our own version."""
     version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info >= (3, 11):
-        yield Finding("python", Verdict.OK, f"{version}, {sys.executable}")
-    else:
-        yield Finding("python", Verdict.FAIL, version, "install Python 3.11 or newer")
+    yield Finding("python", Verdict.OK, f"{version}, {sys.executable}")
     yield Finding("sluice", Verdict.OK, __version__)
 
 
@@ -269,7 +266,7 @@ def _check_with_part(part: str, path: Path) -> None:
     if not found:
         raise click.ClickException(f"`sluice {part}` is not installed")
     command: click.Command = found[0].load()
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, _redirected(nowhere):
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, _redirected(nowhere):
         command.main(["--config", str(path), "--check"], standalone_mode=False)
 
 
@@ -347,7 +344,9 @@ def check_kafka(host: str, port: int) -> Findings:
     try:
         found = AdminClient({"bootstrap.servers": where, "log_level": 0}).list_topics(timeout=_CONNECT_TIMEOUT_S)
     except KafkaException as error:
-        yield Finding("kafka", Verdict.FAIL, f"{where}: {error}", "is it running, and are its advertised listeners right?")
+        yield Finding(
+            "kafka", Verdict.FAIL, f"{where}: {error}", "is it running, and are its advertised listeners right?"
+        )
         return
     ours = {name: len(topic.partitions) for name, topic in found.topics.items() if name.startswith("sluice.")}
     listed = ", ".join(f"{name} ({count} partitions)" for name, count in sorted(ours.items()))

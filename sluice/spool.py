@@ -19,8 +19,7 @@ Thread-safe. All calls do disk I/O; `append` and `settle` wait for an fsync.
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, NamedTuple, Protocol, Self
+from typing import Final, Self
 
 from msgspec.structs import replace
 
@@ -41,6 +40,7 @@ from sluice.spool_disk import (
 )
 from sluice.spool_index import DropPlan, cost_bytes, head_runs, plan_drop
 from sluice.spool_rebuild import Declare
+from sluice.spool_types import Draft, SpoolDepth, SpoolItem, SpoolStatus
 from sluice.telemetry import Telemetry
 
 __all__ = ["Declare", "Draft", "Spool", "SpoolConfig", "SpoolDepth", "SpoolItem", "SpoolStatus"]
@@ -51,70 +51,6 @@ _SEAL_BYTES: Final = 4
 _RECEIPT_COST_BYTES: Final = ITEM_OVERHEAD_BYTES + 256
 # When a full spool is worth another try, unless something is settled before.
 _RETRY_AFTER_S: Final = 0.5
-
-
-class Draft(Protocol):
-    """Something to append: covers `record_count` sequences that it does not know yet."""
-
-    @property
-    def record_count(self) -> int:
-        """How many sequences it takes, at least 1."""
-        ...
-
-    @property
-    def priority(self) -> int:
-        """0 to 9; higher is sent first."""
-        ...
-
-    @property
-    def oldest_time_us(self) -> int:
-        """Event time of its oldest record, UTC microseconds."""
-        ...
-
-    def encode(self, spool_id: bytes, first_sequence: int) -> bytes:
-        """The payload, now that its identity is known."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class SpoolItem:
-    """An item as read. `key` identifies it within this spool, and `receipt` says that it only declares a loss."""
-
-    key: int
-    spool_id: bytes
-    first_sequence: int
-    record_count: int
-    priority: int
-    receipt: bool
-    payload: bytes
-
-    @property
-    def stop_sequence(self) -> int:
-        """The first sequence behind the item."""
-        return self.first_sequence + self.record_count
-
-
-class SpoolDepth(NamedTuple):
-    """What is unsettled; `bytes` counts against `bytes_max`."""
-
-    records: int
-    items: int
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class SpoolStatus:
-    """Depth and limits at one moment. `pending` are the unsettled runs `[start, stop)` of `spool_id`."""
-
-    spool_id: bytes
-    next_sequence: int
-    records: int
-    items: int
-    bytes: int
-    expired_records: int
-    oldest_time_us: int
-    pending: tuple[tuple[int, int], ...]
-    ballast: bool
 
 
 class Spool:
@@ -202,6 +138,11 @@ class Spool:
         with self._lock:
             wanted = list(runs)
             return self._db.guarded(lambda: self._settle(spool_id, wanted))
+
+    def knows(self, spool_id: bytes) -> bool:
+        """Whether sequences of this spool_id are or were allocated here."""
+        with self._lock:
+            return self._db.lineage_of(spool_id) is not None
 
     def pin(self, key: int) -> None:
         """Keeps `drop_oldest` away from an item that is in flight: it may have arrived."""

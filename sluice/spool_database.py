@@ -172,6 +172,10 @@ class SpoolDatabase:
 
     def close(self) -> None:
         """Closes it; a second close does nothing."""
+        if self.directory.claimed:
+            # Each thread has a connection of its own, so the last one to close would be long in coming.
+            with contextlib.suppress(Retryable, Permanent):
+                self.cache.checkpoint()
         self.cache.close()
         self.directory.release()
 

@@ -312,6 +312,11 @@ class ItemCache(diskcache.Cache):  # type: ignore[misc]
                         self._con.execute("ROLLBACK")
                 raise
 
+    def checkpoint(self) -> None:
+        """Brings everything from the write-ahead log into the database, and empties the log."""
+        with translated(Path(self.directory)):
+            self._con.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
     def shrink(self) -> None:
         """Gives the file system what the database does not use."""
         with translated(Path(self.directory)):

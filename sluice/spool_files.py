@@ -71,6 +71,11 @@ class SpoolDirectory:
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
 
+    @property
+    def claimed(self) -> bool:
+        """Whether we are the writer."""
+        return self._lock_file is not None
+
     def release(self) -> None:
         """Lets another process have it."""
         if self._lock_file is not None:
