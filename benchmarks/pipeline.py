@@ -11,7 +11,7 @@ each scanned by the gateway; none is sensitive, and inference is off (benchmarks
     back-pressure slows the source to what the slowest part sustains. After a warm-up, rows committed to the lake per
     second between the first and the last commit of the window; CPU seconds (user and system, with children) of each
     part between the same moments, per million rows.
-  * Latency: at a tenth of that rate, time from the record's `event_time_us`, set when it is generated, to its arrival in
+  * Latency: at a tenth of that rate, from the record's `event_time_us`, set when it is generated, to its arrival at
     a client of the feed, on one clock. Once with the agent's default batching, which waits up to a second for a batch
     to fill, and once with `batch.age_s_max = 0.05`.
 """

@@ -15,14 +15,16 @@ class SequenceRange(_message.Message):
     def __init__(self, first: _Optional[int] = ..., last: _Optional[int] = ...) -> None: ...
 
 class Ack(_message.Message):
-    __slots__ = ("spool_id", "cumulative_sequence", "ranges")
+    __slots__ = ("spool_id", "cumulative_sequence", "ranges", "checksum")
     SPOOL_ID_FIELD_NUMBER: _ClassVar[int]
     CUMULATIVE_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     RANGES_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     spool_id: bytes
     cumulative_sequence: int
     ranges: _containers.RepeatedCompositeFieldContainer[SequenceRange]
-    def __init__(self, spool_id: _Optional[bytes] = ..., cumulative_sequence: _Optional[int] = ..., ranges: _Optional[_Iterable[_Union[SequenceRange, _Mapping]]] = ...) -> None: ...
+    checksum: int
+    def __init__(self, spool_id: _Optional[bytes] = ..., cumulative_sequence: _Optional[int] = ..., ranges: _Optional[_Iterable[_Union[SequenceRange, _Mapping]]] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class Status(_message.Message):
     __slots__ = ("device_id", "site", "spool_id", "next_sequence", "spool_records", "spool_bytes", "spool_oldest_time_us", "agent_version", "uptime_s", "status_time_us", "online", "expired_records", "received_time_us", "spool_ranges")

@@ -91,7 +91,7 @@ class Gap(_message.Message):
     def __init__(self, first_sequence: _Optional[int] = ..., count: _Optional[int] = ..., reason: _Optional[_Union[GapReason, str]] = ...) -> None: ...
 
 class Envelope(_message.Message):
-    __slots__ = ("device_id", "spool_id", "first_sequence", "record_count", "stream", "site", "sensitivity", "compression", "batch", "checksum", "gaps", "traceparent", "tracestate", "received_time_us")
+    __slots__ = ("device_id", "spool_id", "first_sequence", "record_count", "stream", "site", "sensitivity", "compression", "batch", "checksum", "gaps", "traceparent", "tracestate", "received_time_us", "header_checksum")
     DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
     SPOOL_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +106,7 @@ class Envelope(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     TRACESTATE_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_TIME_US_FIELD_NUMBER: _ClassVar[int]
+    HEADER_CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     device_id: str
     spool_id: bytes
     first_sequence: int
@@ -120,7 +121,8 @@ class Envelope(_message.Message):
     traceparent: str
     tracestate: str
     received_time_us: int
-    def __init__(self, device_id: _Optional[str] = ..., spool_id: _Optional[bytes] = ..., first_sequence: _Optional[int] = ..., record_count: _Optional[int] = ..., stream: _Optional[str] = ..., site: _Optional[str] = ..., sensitivity: _Optional[_Union[Sensitivity, str]] = ..., compression: _Optional[_Union[Compression, str]] = ..., batch: _Optional[bytes] = ..., checksum: _Optional[int] = ..., gaps: _Optional[_Iterable[_Union[Gap, _Mapping]]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., received_time_us: _Optional[int] = ...) -> None: ...
+    header_checksum: int
+    def __init__(self, device_id: _Optional[str] = ..., spool_id: _Optional[bytes] = ..., first_sequence: _Optional[int] = ..., record_count: _Optional[int] = ..., stream: _Optional[str] = ..., site: _Optional[str] = ..., sensitivity: _Optional[_Union[Sensitivity, str]] = ..., compression: _Optional[_Union[Compression, str]] = ..., batch: _Optional[bytes] = ..., checksum: _Optional[int] = ..., gaps: _Optional[_Iterable[_Union[Gap, _Mapping]]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., received_time_us: _Optional[int] = ..., header_checksum: _Optional[int] = ...) -> None: ...
 
 class Quarantined(_message.Message):
     __slots__ = ("device_id", "spool_id", "first_sequence", "record_count", "stream", "site", "reason", "detail", "received_time_us", "original", "original_bytes", "origin")

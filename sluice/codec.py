@@ -18,6 +18,7 @@ A refusal is a `Rejected` that names its reason and, when the header could be re
 """
 
 import re
+import struct
 from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Final, TypeVar
@@ -49,6 +50,7 @@ _MAP_ENTRY_BYTES_MIN: Final = 5
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}\Z")
 _TRACESTATE: Final = re.compile(r"[a-z0-9][a-z0-9_*/@-]{0,240}=[\x20-\x7e]{1,512}\Z")
 _TRACESTATE_CHARS_MAX: Final = 512
+_U32: Final = 0xFFFFFFFF
 _M = TypeVar("_M", bound=Message)
 
 
@@ -146,6 +148,7 @@ def encode(batch: RecordBatch, compression: Compression = Compression.ZSTD, leve
         tracestate=batch.tracestate,
         received_time_us=batch.received_time_us,
     )
+    envelope.header_checksum = header_checksum(envelope)
     return EncodedEnvelope(
         device_id=batch.device_id,
         spool_id=batch.spool_id,
@@ -205,6 +208,9 @@ def decode_header(payload: bytes, limits: Limits) -> tuple[record_pb2.Envelope, 
         gaps = _gaps(envelope)
     except Permanent as error:
         raise Rejected(RejectReason.HEADER, str(error)) from error
+    if header_checksum(envelope) != envelope.header_checksum:
+        # Without a header to claim: what it says of its identity is what is in doubt.
+        raise Rejected(RejectReason.CHECKSUM, "crc32c of the header differs from the envelope's")
     bare = RecordBatch(
         device_id=envelope.device_id,
         spool_id=envelope.spool_id,
@@ -218,6 +224,24 @@ def decode_header(payload: bytes, limits: Limits) -> tuple[record_pb2.Envelope, 
         received_time_us=envelope.received_time_us,
     )
     return envelope, bare.receipt(GapReason.QUARANTINED)
+
+
+def header_checksum(envelope: record_pb2.Envelope) -> int:
+    """The crc32c of the fields that decide identity and fate, as `protos/record.proto` defines it."""
+    packed = bytearray()
+    for text in (envelope.device_id.encode(), envelope.spool_id, envelope.stream.encode(), envelope.site.encode()):
+        packed += struct.pack("<I", len(text)) + text
+    packed += struct.pack(
+        "<QIIII",
+        envelope.first_sequence,
+        envelope.record_count,
+        envelope.sensitivity & _U32,
+        envelope.compression & _U32,
+        envelope.checksum,
+    )
+    for gap in envelope.gaps:
+        packed += struct.pack("<QII", gap.first_sequence, gap.count, gap.reason & _U32)
+    return int(google_crc32c.value(bytes(packed)))
 
 
 def header_present_count(envelope: record_pb2.Envelope) -> int:

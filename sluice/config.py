@@ -20,6 +20,9 @@ PREFIX: Final = "SLUICE_"
 # Variables of this prefix that are not configuration keys.
 RESERVED: Final = frozenset({"SLUICE_CACHE", "SLUICE_CONFIG", "SLUICE_TARGET"})
 
+# Kubernetes puts these into every pod beside a service called "sluice".
+_KUBERNETES: Final = ("SLUICE_SERVICE_", "SLUICE_PORT")
+
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of every configuration section: frozen, keyword-only, strict about unknown keys."""
@@ -131,7 +134,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _from_environment(environ: Mapping[str, str], kind: type[Section]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, raw in sorted(environ.items()):
-        if not name.startswith(PREFIX) or name in RESERVED:
+        if not name.startswith(PREFIX) or name in RESERVED or name.startswith(_KUBERNETES):
             continue
         *parents, leaf = name.removeprefix(PREFIX).lower().split("__")
         value: Any = raw

@@ -18,6 +18,7 @@ CARRIERS: Final = ("text", "label", "label_name", "payload")
 # No detector takes a word of consonants for anything, and no language has it.
 _LETTERS: Final = "bcdfghjklmnpqrstvwxz"
 _TOKEN_CHARS: Final = 16
+_FULL_WIDTH_ZERO: Final = 0xFF10
 _HARMLESS: Final = (
     "conveyor {n}: bearing temperature rose slightly, lot {token}",
     "connection to press {n} lost, reconnecting, session {token}",
@@ -142,7 +143,7 @@ class SampleMaker:
     def full_width_card(self) -> tuple[str, str]:
         """A card in full-width digits, which a scanner of ASCII does not see."""
         _, number = self.card()
-        return number.translate({ord(d): ord("０") + int(d) for d in string.digits}), number
+        return number.translate({ord(d): _FULL_WIDTH_ZERO + int(d) for d in string.digits}), number
 
     def iban(self) -> tuple[str, str]:
         """A German IBAN in groups, and without spaces."""

@@ -33,7 +33,9 @@ _MARKER: Final = ".sluice-demo"
     type=click.IntRange(1),
     help="Read of what the log files hold already, shared among them; new lines come on top.",
 )
-@click.option("--dir", "folder", type=click.Path(path_type=Path), help=f"Where to work; implies --keep.  [{DEFAULT_DIR}]")
+@click.option(
+    "--dir", "folder", type=click.Path(path_type=Path), help=f"Where to work; implies --keep.  [{DEFAULT_DIR}]"
+)
 @click.option("--keep", is_flag=True, help="Keep configurations, logs and lake of the run.")
 @click.option("--live/--no-live", default=None, help="The live table.  [on a terminal]")
 @click.option(
@@ -75,9 +77,10 @@ def demo(  # noqa: PLR0917 - click passes each option
             seed=time.time_ns() if seed is None else seed,
         )
         try:
-            summary = DemoRun(options, stop, _say, Screen(enabled=on_terminal and not as_json)).run()
+            summary = DemoRun(options, stop, Screen(enabled=on_terminal and not as_json)).run()
         except Interrupted as error:
             _say(str(error))
+            work.failed = False
             sys.exit(130)
         work.failed = bool(summary.problems)
     if as_json:
@@ -148,10 +151,7 @@ def working_folder(folder: Path | None, *, keep: bool) -> Iterator[WorkingFolder
     Raises:
         ConfigError: the folder holds something that no demo put there.
     """
-    if keep:
-        path = fresh_folder((folder or DEFAULT_DIR).absolute())
-    else:
-        path = Path(tempfile.mkdtemp(prefix="sluice-demo-"))
+    path = fresh_folder((folder or DEFAULT_DIR).absolute()) if keep else Path(tempfile.mkdtemp(prefix="sluice-demo-"))
     work = WorkingFolder(path, keep=keep)
     try:
         yield work

@@ -58,9 +58,19 @@ class Folders:
         return self.root / "edge" / "spool"
 
     @property
-    def site(self) -> Path:
-        """What the gateway keeps."""
-        return self.root / "site"
+    def sealed(self) -> Path:
+        """The gateway's sealed store."""
+        return self.root / "site" / "sealed"
+
+    @property
+    def quarantine(self) -> Path:
+        """The gateway's quarantine."""
+        return self.root / "site" / "quarantine"
+
+    @property
+    def central(self) -> Path:
+        """Central's own state."""
+        return self.root / "central"
 
     def config(self, part: str) -> Path:
         """A part's configuration file."""
@@ -88,8 +98,8 @@ def gateway(addresses: Addresses, folders: Folders) -> Tree:
         "mqtt": _mqtt(addresses),
         "kafka": _kafka(addresses),
         "topics": {"partitions": PARTITIONS},
-        "local": {"directory": str(folders.site / "sealed"), "key_create": True},
-        "quarantine": {"directory": str(folders.site / "quarantine")},
+        "local": {"directory": str(folders.sealed), "key_create": True},
+        "quarantine": {"directory": str(folders.quarantine)},
         "engine": _engine(),
         "telemetry": _telemetry(addresses.gateway),
     }
@@ -98,7 +108,7 @@ def gateway(addresses: Addresses, folders: Folders) -> Tree:
 def central(addresses: Addresses, folders: Folders) -> Tree:
     """Central's configuration."""
     return {
-        "state_dir": str(folders.root / "central"),
+        "state_dir": str(folders.central),
         "kafka": _kafka(addresses),
         "topics": {"partitions": PARTITIONS},
         "lake": {"uri": str(folders.lake), "flush_interval_s": 2.0, "flush_idle_s": 1.0},

@@ -3,8 +3,13 @@
 Outside is: Kafka (keys, values and headers of every message in every partition of every topic), the lake (every file,
 as it is and decoded), what central keeps for itself, and the logs and metrics of all parts, which may be collected
 anywhere. The agent's spool, the sealed store and the quarantine are the site's.
+
+The sealed store is searched too, twice: as a thief would (its files, in which nothing may be readable) and as the site
+does (`sluice sealed query`, in which every canary must be).
 """
 
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +17,14 @@ from typing import Final
 
 from sluice.demo.canaries import Canary, needles
 from sluice.demo.kafka_dump import dump
-from sluice.demo.pipeline import Pipeline
+from sluice.demo.pipeline import GATEWAY, Pipeline
 from sluice.demo.search import TokenSearch
+from sluice.errors import Permanent
 
 KAFKA: Final = "kafka"
 LAKE: Final = "lake"
+SEALED: Final = "sealed"
+_QUERY_TIMEOUT_S: Final = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +59,7 @@ def gather(
     for blob in dump(pipeline.bootstrap):
         search.search(blob.data, KAFKA, blob.place)
     search_folder(search, pipeline.folders.lake, LAKE)
-    search_folder(search, pipeline.folders.root / "central", "central")
+    search_folder(search, pipeline.folders.central, "central")
     search_folder(search, pipeline.folders.logs, "logs")
     for part, text in metrics.items():
         search.search(text.encode(), "metrics", part)
@@ -77,3 +85,34 @@ def conclude(search: TokenSearch, canaries: Sequence[Canary], beacons: Sequence[
             leaked.append(f"{canary.kind} in {canary.carrier} found in {where}")
     found = search.found.in_all((beacon.token for beacon in beacons), (KAFKA, LAKE))
     return Evidence(tuple(leaked), len(found), search.found.bytes, search.found.unopened)
+
+
+@dataclass(frozen=True, slots=True)
+class SealedEvidence:
+    """What the sealed store holds.
+
+    Attributes:
+        canaries_readable: with the key, on the site.
+        canaries_in_clear: in the store's files, without it.
+    """
+
+    canaries_readable: int
+    canaries_in_clear: int
+
+
+def look_into_sealed(pipeline: Pipeline, canaries: Sequence[Canary]) -> SealedEvidence:
+    """Searches the sealed store with and without its key.
+
+    Raises:
+        Permanent: `sluice sealed` failed.
+    """
+    clear = TokenSearch(dict(needles(canaries)))
+    search_folder(clear, pipeline.folders.sealed, SEALED)
+    argv = [sys.executable, "-m", "sluice", "sealed", "query", "--json", "--limit", "0"]
+    argv += ["--config", str(pipeline.folders.config(GATEWAY))]
+    done = subprocess.run(argv, capture_output=True, timeout=_QUERY_TIMEOUT_S, check=False)
+    if done.returncode != 0:
+        raise Permanent(f"sluice sealed failed with status {done.returncode}: {done.stderr.decode().strip()}")
+    readable = TokenSearch(dict(needles(canaries)))
+    readable.search(done.stdout, SEALED, "sluice sealed query")
+    return SealedEvidence(len(readable.found.places), len(clear.found.places))

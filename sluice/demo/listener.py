@@ -6,7 +6,7 @@ Runs in a thread of its own, from the earliest message on, and resumes by itself
 
 import threading
 from collections import Counter, OrderedDict, deque
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Self
 
 from sluice.client import RecordItem, ResultItem, connect
 from sluice.errors import SluiceError
@@ -42,7 +42,7 @@ class Listener:
         self._subscription = self._client.subscribe(start="earliest")
         self._thread = threading.Thread(target=self._listen, name="feed-client", daemon=True)
 
-    def __enter__(self) -> "Listener":
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 

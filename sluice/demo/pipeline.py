@@ -106,6 +106,13 @@ class Pipeline:
         argv = [sys.executable, "-m", "sluice", part, "--config", str(self.folders.config(part))]
         return self.supervisor.spawn(part, argv, ready_url=url, stdin=stdin)
 
+    def start_role(self, role: str) -> ManagedProcess:
+        """Starts one of central's roles as a process of its own, named after the role."""
+        port = free_port()
+        argv = [sys.executable, "-m", "sluice", CENTRAL, "--config", str(self.folders.config(CENTRAL)), "--role", role]
+        env = {"SLUICE_TELEMETRY__PORT": str(port)}
+        return self.supervisor.spawn(role, argv, env=env, ready_url=f"http://{HOST}:{port}/readyz")
+
     def read(self, part: str) -> Reading:
         """A part's metrics; an empty reading when it does not answer."""
         return scrape(getattr(self.addresses, part))

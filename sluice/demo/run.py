@@ -19,7 +19,7 @@ from typing import Any, Final
 import psutil
 
 from sluice.demo.canaries import SampleMaker
-from sluice.demo.evidence import Evidence, gather
+from sluice.demo.evidence import Evidence, SealedEvidence, gather, look_into_sealed
 from sluice.demo.feeder import Feeder
 from sluice.demo.lake_view import RECORDS, RESULTS, LakeView
 from sluice.demo.listener import Listener
@@ -37,7 +37,6 @@ INPUT_DEADLINE_S: Final = 15.0
 PART_DEADLINE_S: Final = 40.0
 LEDGER_DEADLINE_S: Final = 120.0
 _TICK_S: Final = 0.5
-Say = Callable[[str], None]
 
 
 class Interrupted(Permanent):
@@ -68,17 +67,17 @@ class Options:
 
 
 class DemoRun:
-    """Args:
-    options: of the run.
-    stop: set it to end: the run drains then.
-    say: progress, a line at a time.
-    screen: the live table.
+    """See the module's docstring.
+
+    Args:
+        options: of the run.
+        stop: set it to end: the run drains then.
+        screen: for progress and the live table.
     """
 
-    def __init__(self, options: Options, stop: threading.Event, say: Say, screen: Screen) -> None:
+    def __init__(self, options: Options, stop: threading.Event, screen: Screen) -> None:
         self._options = options
         self._stop = stop
-        self._say = say
         self._screen = screen
         self._pipeline = Pipeline(
             options.root, demo_sources(options.tail, options.backlog_bytes), feed_port=options.feed_port
@@ -116,13 +115,13 @@ class DemoRun:
 
     def _start(self) -> ManagedProcess:
         pipeline = self._pipeline
-        self._say("starting embedded brokers (MQTT, Kafka)")
+        self._screen.say("sluice demo: starting embedded brokers (MQTT, Kafka)")
         self._await_ready(pipeline.start_brokers())
-        self._say("starting gateway and central: the engine loads its model")
+        self._screen.say("sluice demo: starting gateway and central: the engine loads its model")
         self._await_ready([pipeline.start(GATEWAY), pipeline.start(CENTRAL)])
         agent = pipeline.start(EDGE, stdin=subprocess.PIPE)
         self._await_ready([agent])
-        self._say(f"records flow; the feed is at {pipeline.feed_target}")
+        self._screen.say(f"sluice demo: records flow; the feed is at {pipeline.feed_target}")
         return agent
 
     def _await_ready(self, processes: list[ManagedProcess]) -> None:
@@ -176,11 +175,11 @@ class DemoRun:
     # --- drain
 
     def _drain(self, agent: ManagedProcess, feeder: Feeder, listener: Listener) -> None:
-        self._say("draining: the sources end, the agent empties its spool")
+        self._screen.say("sluice demo: draining: the sources end, the agent empties its spool")
         feeder.close()
         self._until(lambda: self._taken(feeder) >= feeder.written, INPUT_DEADLINE_S, "the sample stream is read")
         self._stop_part(EDGE)
-        self._say("draining: lake and analysis catch up")
+        self._screen.say("sluice demo: draining: lake and analysis catch up")
         deadline_s = time.monotonic() + self._options.drain_seconds
 
         def left_s() -> float:
@@ -198,7 +197,7 @@ class DemoRun:
         ledger = self._ledger(wait_s=left_s())
         if not ledger["balanced"]:
             self._problems.append("the ledger did not balance within the drain's deadline")
-        self._until(drawing(self._analysed), left_s(), "every text in the lake is analysed")
+        self._until(drawing(lambda: self._analysed(ledger["kept_on_site"])), left_s(), "every text is analysed")
         self._until(drawing(lambda: self._heard_all(listener)), left_s(), "the client has everything")
         for part in (GATEWAY, CENTRAL):
             self._stop_part(part)
@@ -226,9 +225,10 @@ class DemoRun:
             self._problems.append(f"the agent refused {refused:.0f} lines of the sample stream")
         return reading.total("sluice_accepted_records_total", stream=SAMPLE_STREAM)
 
-    def _analysed(self) -> bool:
-        texts = self._lake.rows(RECORDS, "text <> ''")
-        return self._lake.rows(RESULTS, "origin = 'cloud'") >= texts
+    def _analysed(self, kept_on_site: int) -> bool:
+        """Whether every text has its result: those in the lake, and those on the site, each of which has a text."""
+        texts = self._lake.rows(RECORDS, "text <> ''") + kept_on_site
+        return self._lake.rows(RESULTS) >= texts
 
     def _heard_all(self, listener: Listener) -> bool:
         if listener.error is not None:
@@ -244,16 +244,19 @@ class DemoRun:
     # --- conclude
 
     def _conclude(self, feeder: Feeder, listener: Listener) -> dict[str, Any]:
-        self._say("searching every Kafka topic, every file of the lake, logs and metrics for canaries")
+        self._screen.say(
+            "sluice demo: searching every Kafka topic, every file of the lake, logs and metrics for canaries"
+        )
         metrics = {part: self._readings[part].text for part in PARTS}
         evidence = gather(self._pipeline, feeder.canaries, feeder.beacons, metrics)
+        sealed = look_into_sealed(self._pipeline, feeder.canaries)
         ledger = self._ledger(wait_s=0.0)
         if evidence.unopened:
             self._problems.append(f"{evidence.unopened} compressed frames were too large to be searched")
-        return self._numbers(evidence, ledger, feeder, listener)
+        return self._numbers(evidence, sealed, ledger, feeder, listener)
 
     def _numbers(
-        self, evidence: Evidence, ledger: dict[str, Any], feeder: Feeder, listener: Listener
+        self, evidence: Evidence, sealed: SealedEvidence, ledger: dict[str, Any], feeder: Feeder, listener: Listener
     ) -> dict[str, Any]:
         _, gateway, central = (self._readings[part] for part in PARTS)
         return {
@@ -271,6 +274,8 @@ class DemoRun:
             "canaries_planted": len(feeder.canaries),
             "canaries_found_outside_site": len(evidence.leaked),
             "canaries_leaked": evidence.leaked[:5],
+            "canaries_sealed": sealed.canaries_readable,
+            "canaries_sealed_in_clear": sealed.canaries_in_clear,
             "beacons_planted": len(feeder.beacons),
             "beacons_found": evidence.beacons_found,
             "bytes_searched": evidence.bytes_searched,

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
-from rich.console import Console, Group
+import click
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -55,6 +56,13 @@ class Screen:
         if self._live:
             self._live.stop()
 
+    def say(self, line: str) -> None:
+        """A line of progress: above the table, or on stderr where there is none."""
+        if self._live and self._live.is_started:
+            self._live.console.print(Text(line))
+        else:
+            click.echo(line, err=True)
+
     def show(self, view: View) -> None:
         """Draws."""
         if self._live:
@@ -72,7 +80,12 @@ def render(view: View) -> Group:
         table.add_row(name, f"{total:,}", rate, Text(where, style="dim"))
     lag = f"lag of the lake: {view.totals.lag_messages:,} messages"
     batches = ", ".join(f"≤{length}: {count:,}" for length, count in view.batches.items()) or "none yet"
-    parts = [Text(view.headline, style="bold"), table, Text(lag), Text(f"batches by length in tokens: {batches}")]
+    parts: list[RenderableType] = [
+        Text(view.headline, style="bold"),
+        table,
+        Text(lag),
+        Text(f"batches by length in tokens: {batches}"),
+    ]
     return Group(*parts, *(_heard(heard) for heard in view.heard))
 
 

@@ -140,7 +140,7 @@ class TokenSearch:
     def _inflate(self, frame: memoryview) -> bytes:
         limit = self._inflated_bytes_max
         try:
-            if frame[:4] == ZSTD_MAGIC:
+            if bytes(frame[:4]) == ZSTD_MAGIC:
                 decompressor = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES_MAX)
                 with decompressor.stream_reader(frame, read_across_frames=False) as reader:
                     inner = reader.read(limit + 1)

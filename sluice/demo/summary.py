@@ -16,6 +16,7 @@ class Summary:
         results: received by the feed's client, as are `feed_records`.
         duplicates_in_lake: counted from the table by identity, not by the ledger.
         canaries_leaked: the first few canaries that were found outside, and where.
+        canaries_sealed: found on the site by `sluice sealed`; `canaries_sealed_in_clear` in its files without the key.
         problems: why the run failed; empty when it did not.
     """
 
@@ -33,6 +34,8 @@ class Summary:
     canaries_planted: int
     canaries_found_outside_site: int
     canaries_leaked: tuple[str, ...]
+    canaries_sealed: int
+    canaries_sealed_in_clear: int
     beacons_planted: int
     beacons_found: int
     bytes_searched: int
@@ -61,6 +64,10 @@ def broken_promises(numbers: Mapping[str, Any]) -> Iterator[str]:
         yield f"{leaked} canaries were found outside the site: {'; '.join(numbers['canaries_leaked'])}"
     if duplicates := numbers["duplicates_in_lake"]:
         yield f"{duplicates} rows of the lake are duplicates"
+    if lost := numbers["canaries_planted"] - numbers["canaries_sealed"]:
+        yield f"{lost} canaries are not in the sealed store"
+    if clear := numbers["canaries_sealed_in_clear"]:
+        yield f"{clear} canaries can be read in the sealed store's files without its key"
     if not numbers["canaries_planted"]:
         yield "no canary was planted: the run proves nothing about privacy"
     if (missing := numbers["beacons_planted"] - numbers["beacons_found"]) or not numbers["beacons_planted"]:
@@ -79,19 +86,21 @@ def text(summary: Summary) -> str:
         f"{s.records_quarantined:,} quarantined + {s.records_expired:,} expired + {s.records_dropped:,} dropped + "
         f"{s.records_in_spool:,} in the spool"
     )
+    searched = f"{s.bytes_searched / 1e6:,.1f} MB of Kafka, lake, logs and metrics"
     labels = ", ".join(f"{name} {count:,}" for name, count in s.labels.items())
-    lines = [
-        f"accepted         {s.records_accepted:,} records = {fates}",
-        f"ledger           {'balances, position by position' if s.ledger_balanced else 'DOES NOT BALANCE'}",
-        f"duplicates       {s.duplicates_in_lake:,} rows in the lake",
-        f"personal data    {s.canaries_planted:,} canaries planted, {s.canaries_found_outside_site:,} found in "
-        f"{s.bytes_searched / 1e6:,.1f} MB of Kafka, lake, logs and metrics",
-        f"search works     {s.beacons_found:,} of {s.beacons_planted:,} harmless beacons found there",
-        f"client (gRPC)    {s.feed_records:,} records, {s.results:,} results: {labels or 'none'}",
-        f"agent            {s.agent_rss_bytes_max / 1e6:.1f} MB of memory at most",
-        f"time             {s.seconds:.0f} s of {s.seconds_total:.0f} s, start and drain included",
-    ]
-    lines += [f"FAILED           {problem}" for problem in s.problems]
+    rows = {
+        "accepted": f"{s.records_accepted:,} records = {fates}",
+        "ledger": "balances, position by position" if s.ledger_balanced else "DOES NOT BALANCE",
+        "duplicates": f"{s.duplicates_in_lake:,} rows in the lake",
+        "personal data": f"{s.canaries_planted:,} canaries planted, {s.canaries_found_outside_site:,} in {searched}",
+        "sealed store": f"{s.canaries_sealed:,} canaries read with its key, {s.canaries_sealed_in_clear:,} without",
+        "search works": f"{s.beacons_found:,} of {s.beacons_planted:,} harmless beacons found in Kafka and lake",
+        "client (gRPC)": f"{s.feed_records:,} records, {s.results:,} results: {labels or 'none'}",
+        "agent": f"{s.agent_rss_bytes_max / 1e6:.1f} MB of memory at most",
+        "time": f"{s.seconds:.0f} s of {s.seconds_total:.0f} s, start and drain included",
+    }
+    lines = [f"{name:<15} {value}" for name, value in rows.items()]
+    lines += [f"{'FAILED':<15} {problem}" for problem in s.problems]
     return "\n".join(lines)
 
 
@@ -103,12 +112,13 @@ def what_next(root: Path, *, kept: bool) -> str:
             "The files of this run are gone. To keep them, and to go on with what is below: sluice demo --keep\n"
             "While a demo runs, in another terminal: sluice tail --kinds results"
         )
-    duck = f"select stream, count(*) from read_parquet('{lake}/records/**/*.parquet') group by all"
+    table = f"{lake}/records/**/*.parquet"
+    query = f'import duckdb; print(duckdb.sql("from read_parquet($${table}$$) select stream, count(*) group by all"))'
     return "\n".join(
         [
             f"Everything of this run is in {root}: configurations, logs, lake, sealed store.",
             f"  sluice ledger --lake {lake}",
-            f'  python -c "import duckdb; print(duckdb.sql(\\"{duck}\\"))"',
+            f"  python -c '{query}'",
             f"  sluice sealed --help        # read what stayed on the site: {root / 'site' / 'sealed'}",
             f"  sluice scan --help; sluice policy --help; sluice doctor --config {root / 'gateway.toml'}",
             "While a demo runs, in another terminal: sluice tail --kinds results",

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from protos import control_pb2, feed_pb2, record_pb2
+from sluice.acks import decode_ack, encode_ack
 from sluice.codec import Compression, encode
 from sluice.record import Gap, GapReason, Record, RecordBatch, Sensitivity, join_frames
 
@@ -40,8 +41,7 @@ def batch() -> RecordBatch:
 
 
 def ack() -> control_pb2.Ack:
-    ranges = [control_pb2.SequenceRange(first=first, last=last) for first, last in ((1005, 1009), (1020, 1020))]
-    return control_pb2.Ack(spool_id=SPOOL, cumulative_sequence=1000, ranges=ranges)
+    return decode_ack(encode_ack(SPOOL, 1000, [(1005, 1010), (1020, 1021)]))
 
 
 def status() -> control_pb2.Status:

@@ -9,8 +9,9 @@ import random
 from edge.batcher import Batch, Batcher, BatchLimits
 from edge.records import BatchDraft, Chunk, StreamKey, declare_expired
 from edge.window import Window, WindowLimits
-from protos import control_pb2, record_pb2
+from protos import record_pb2
 from sluice import topics
+from sluice.acks import decode_ack
 from sluice.codec import Limits
 from sluice.intervals import IntervalSet
 from sluice.record import Record
@@ -115,7 +116,7 @@ class Device:
         if message is None:
             return
         self._broker.acknowledge(self.name, message.mid)
-        ack = control_pb2.Ack.FromString(message.payload)
+        ack = decode_ack(message.payload)
         if ack.spool_id == self.spool_id:
             runs = [(0, ack.cumulative_sequence), *((each.first, each.last + 1) for each in ack.ranges)]
             self._settle([(start, min(stop, self.next_sequence)) for start, stop in runs])

@@ -11,8 +11,8 @@ from gateway.batches import Decision, ExportBatch, Verdict
 from gateway.ring import Ring, Slot
 from gateway.router import IN_DOUBT, route
 from gateway.seen import Arrival, Seen
-from protos import control_pb2
 from sluice import topics
+from sluice.acks import encode_ack
 from sluice.codec import Limits, Rejected, decode, encode
 from sluice.errors import Retryable
 from sluice.record import RecordBatch, Route
@@ -140,9 +140,8 @@ class Gateway:
         cumulative = self._seen.cumulative(batch.device_id, batch.spool_id)
         if self._bug is Bug.CUMULATIVE_IS_THE_HIGHEST:
             cumulative = max(cumulative, batch.stop_sequence)
-        ack = control_pb2.Ack(spool_id=batch.spool_id, cumulative_sequence=cumulative)
-        ack.ranges.add(first=batch.first_sequence, last=batch.stop_sequence - 1)
-        self._broker.publish(topics.topic(SITE, batch.device_id, topics.ACK), ack.SerializeToString())
+        ack = encode_ack(batch.spool_id, cumulative, [(batch.first_sequence, batch.stop_sequence)])
+        self._broker.publish(topics.topic(SITE, batch.device_id, topics.ACK), ack)
         self._world.crash_point()
 
     def trouble(self) -> None:
