@@ -102,7 +102,8 @@ class CentralConfig(Section, frozen=True, kw_only=True):
     drain_deadline_s: Annotated[float, Meta(gt=0, description="Limit for ending in order.")] = 20.0
     kafka: KafkaConfig = field(default_factory=KafkaConfig)
     topics: TopicsConfig = field(default_factory=TopicsConfig)
-    limits: Limits = field(default_factory=Limits)
+    # The gateway compresses anew what it exports, at its own level: an envelope may be larger here than on its way in.
+    limits: Limits = field(default_factory=lambda: Limits(envelope_bytes_max=TopicsConfig().message_bytes_max))
     lake: LakeConfig = field(default_factory=LakeConfig)
     analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     feed: FeedConfig = field(default_factory=FeedConfig)
