@@ -18,17 +18,20 @@ each scanned by the gateway; none is sensitive, and inference is off (benchmarks
 
 import argparse
 import json
+import platform
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
+from sluice import __version__
 from sluice.client import RecordItem, connect
 from sluice.demo.pipeline import CENTRAL, EDGE, GATEWAY, KAFKA, MQTT, Pipeline
 from sluice.demo.processes import ManagedProcess
@@ -167,8 +170,20 @@ def measure_latency(rate_per_s: float, batch_age_s: float, seconds: float, *, re
     return Latency(batch_age_s, rate_per_s, len(delays_us), p50, p99)
 
 
-def table(brokers: str, throughput: Throughput, latencies: list[Latency]) -> str:
-    lines = [f"edge -> lake, {brokers} brokers, {psutil.cpu_count()} cores: {throughput.records_per_s:,.0f} records/s"]
+def machine() -> dict[str, Any]:
+    """What the figures belong to; the load says whether something else ran beside."""
+    memory_gib = round(psutil.virtual_memory().total / (1 << 30), 1)
+    return {"machine": platform.machine(), "cores": psutil.cpu_count(), "memory_gib": memory_gib} | {
+        "load_1min": round(psutil.getloadavg()[0], 1),
+        "python": platform.python_version(),
+        "sluice": __version__,
+        **{name: metadata.version(name) for name in ("paho-mqtt", "confluent-kafka", "deltalake", "pyarrow")},
+    }
+
+
+def table(brokers: str, where: Mapping[str, Any], throughput: Throughput, latencies: list[Latency]) -> str:
+    lines = [", ".join(f"{name} {value}" for name, value in where.items()), ""]
+    lines += [f"edge -> lake, {brokers} brokers: {throughput.records_per_s:,.0f} records/s"]
     lines += [f"  ({throughput.records:,} records in {throughput.seconds:.1f} s)", ""]
     lines += ["  part            CPU seconds per million records"]
     for name, cpu in throughput.cpu_s_per_million.items():
@@ -188,16 +203,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     arguments = parser.parse_args()
     brokers = "real" if arguments.real else "embedded"
+    where = machine()
     throughput = measure_throughput(arguments.seconds, real=arguments.real)
     tenth = throughput.records_per_s / 10
     latencies = [
         measure_latency(tenth, age_s, arguments.seconds / 2, real=arguments.real) for age_s in (1.0, FAST_BATCH_S)
     ]
     if arguments.json:
-        answer = {"brokers": brokers, "cores": psutil.cpu_count(), **throughput._asdict()}
+        answer = {"brokers": brokers, **where, **throughput._asdict()}
         print(json.dumps(answer | {"latency": [latency._asdict() for latency in latencies]}))
     else:
-        print(table(brokers, throughput, latencies))
+        print(table(brokers, where, throughput, latencies))
 
 
 if __name__ == "__main__":

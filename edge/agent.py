@@ -74,6 +74,8 @@ class Sources:
             async for delivery in deliveries:
                 if not await self._submit(delivery):
                     return
+                # A source that is always ready must not keep the loop from everything else.
+                await asyncio.sleep(0)
         self._telemetry.emit(SOURCE_ENDED, source=source.name)
 
     async def _submit(self, delivery: Delivery[Chunk]) -> bool:

@@ -147,10 +147,15 @@ def check_python() -> Findings:
     yield Finding("sluice", Verdict.OK, __version__)
 
 
-def check_extras() -> Findings:
-    """Which extras are installed, with versions."""
+def check_extras(is_installed: Callable[[str], bool] | None = None) -> Findings:
+    """Which extras are installed, with versions.
+
+    Args:
+        is_installed: whether a module can be imported; asks the interpreter when None.
+    """
+    there = is_installed or _is_installed
     for extra, modules in EXTRAS.items():
-        missing = [module for module in modules if not _is_installed(module)]
+        missing = [module for module in modules if not there(module)]
         versions = ", ".join(f"{name} {_version(name)}" for m, name in modules.items() if m not in missing)
         if not missing:
             yield Finding(f"extra {extra}", Verdict.OK, versions)

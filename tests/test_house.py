@@ -21,6 +21,8 @@ FUNCTION_LINES_MAX = 60
 LONG_FILES: dict[str, str] = {}
 # Files that may wait by the clock, and why.
 SLEEPERS = {
+    "tests/central/test_intake.py": "a kill falls at a random moment, and records flow at a pace",
+    "tests/edge/test_process.py": "a kill falls at a random moment",
     "tests/brokers/proxy.py": "delays are the faults that it injects",
     "tests/central/test_feed_subscribe.py": "Kafka's clock has milliseconds, and two entries must not share one",
 }

@@ -36,6 +36,7 @@ START_DEADLINE_S: Final = 120.0
 INPUT_DEADLINE_S: Final = 15.0
 PART_DEADLINE_S: Final = 40.0
 LEDGER_DEADLINE_S: Final = 120.0
+SITE_QUIET_S: Final = 8.0
 _TICK_S: Final = 0.5
 
 
@@ -86,6 +87,8 @@ class DemoRun:
         self._rates = Rates()
         self._readings: dict[str, Reading] = {part: Reading() for part in PARTS}
         self._rss_bytes_max = 0
+        self._site_results = -1
+        self._site_results_s = 0.0
         self._problems: list[str] = []
 
     def run(self) -> Summary:
@@ -226,9 +229,17 @@ class DemoRun:
         return reading.total("sluice_accepted_records_total", stream=SAMPLE_STREAM)
 
     def _analysed(self, kept_on_site: int) -> bool:
-        """Whether every text has its result: those in the lake, and those on the site, each of which has a text."""
-        texts = self._lake.rows(RECORDS, "text <> ''") + kept_on_site
-        return self._lake.rows(RESULTS) >= texts
+        """Whether every text has its result.
+
+        Of what stayed on the site only the number of records is known here, and one without a text has no result: there
+        it also counts when nothing more comes.
+        """
+        texts = self._lake.rows(RECORDS, "text <> ''")
+        results = self._lake.rows(RESULTS, "origin = 'site'")
+        if results != self._site_results:
+            self._site_results, self._site_results_s = results, time.monotonic()
+        settled = results >= kept_on_site or time.monotonic() - self._site_results_s > SITE_QUIET_S
+        return settled and self._lake.rows(RESULTS, "origin = 'cloud'") >= texts
 
     def _heard_all(self, listener: Listener) -> bool:
         if listener.error is not None:

@@ -135,8 +135,8 @@ async def test_the_lag_is_measured_and_falls_to_nothing(kafka: KafkaConfig, tmp_
     telemetry = silent()
     labels = {"topic": kafka.records_topic, "partition": "0"}
     async with running(kafka, lake_config(tmp_path), telemetry):
+        await until(lambda: rows_of(telemetry) == 20, "all there")
         await until(lambda: telemetry.registry.get_sample_value("sluice_lake_lag_messages", labels) == 0.0, "no lag")
-        assert rows_of(telemetry) == 20
 
 
 async def test_drain_flushes_what_waits(kafka: KafkaConfig, tmp_path: Path) -> None:

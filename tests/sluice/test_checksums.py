@@ -1,13 +1,17 @@
-"""The acknowledgement: what deletes must be beyond doubt."""
+"""What decides a record's identity, and what deletes it, is beyond doubt: no flipped bit passes."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sluice.acks import decode_ack, encode_ack
-from sluice.codec import Rejected
+from sluice.codec import Compression, Limits, Rejected, decode, encode
+from sluice.record import Gap, GapReason
+from tests.sluice.examples import batch_of, texts
 
 SPOOL = bytes(range(16))
+LIMITS = Limits()
+BATCH = batch_of(*texts("a", "b", "c"), first=100, gaps=(Gap(103, 2, GapReason.EXPIRED),))
 RUNS = st.lists(st.tuples(st.integers(0, 2**62), st.integers(1, 1000)), max_size=5)
 
 
@@ -37,3 +41,20 @@ def test_an_acknowledgement_without_a_checksum_is_refused() -> None:
     ack.checksum = 0
     with pytest.raises(Rejected, match="checksum"):
         decode_ack(ack.SerializeToString())
+
+
+@given(st.data())
+def test_no_flipped_bit_passes_as_another_batch(data: st.DataObject) -> None:
+    payload = bytearray(encode(BATCH, Compression.ZSTD).payload)
+    at = data.draw(st.integers(0, 8 * len(payload) - 1))
+    payload[at // 8] ^= 1 << at % 8
+    fate = ("identity", "record_count", "stream", "site", "sensitivity", "gaps", "data")
+    try:
+        batch = decode(bytes(payload), LIMITS)
+    except Rejected as error:
+        claimed = error.header
+    else:
+        claimed = None
+        assert [getattr(batch, name) for name in fate] == [getattr(BATCH, name) for name in fate]
+    # What a refusal claims is settled as quarantined: it must be the range that was sent.
+    assert claimed is None or (claimed.identity, claimed.record_count) == (BATCH.identity, BATCH.record_count)
