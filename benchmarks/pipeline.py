@@ -35,6 +35,7 @@ from sluice import __version__
 from sluice.client import RecordItem, connect
 from sluice.demo.pipeline import CENTRAL, EDGE, GATEWAY, KAFKA, MQTT, Pipeline
 from sluice.demo.processes import ManagedProcess
+from sluice.errors import SluiceError
 
 START_TIMEOUT_S = 90.0
 COMMIT_TIMEOUT_S = 60.0
@@ -217,4 +218,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SluiceError as failed:
+        raise SystemExit(f"benchmarks/pipeline.py: {failed}") from failed

@@ -245,7 +245,7 @@ class Analysis:
             await self._persist(
                 functools.partial(self._writer.write, self._kafka.results_topic, texts.device_id, value)
             )
-            self._results.labels(texts.stream).inc(len(batch.results))
+            self._telemetry.series(self._results, texts.stream).inc(len(batch.results))
 
     async def _persist(self, attempt: Callable[[], Awaitable[_T]]) -> _T:
         """Repeats until it succeeds.

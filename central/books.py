@@ -11,9 +11,18 @@ from typing import Any
 from central.lake.reading import PositionReader
 from central.lake.schema import TableName
 from central.lake.store import DeltaStore
-from sluice.ledger import FATE_OF_GAP, Fate, Ledger, SpoolEvidence, open_books
+from sluice.ledger import FATE_OF_GAP, Fate, Ledger, SpoolEvidence, open_books, status_order
 
-_STATUS_COLUMNS = ("device_id", "spool_id", "next_sequence", "status_time_us", "spool_ranges")
+_STATUS_COLUMNS = (
+    "site",
+    "device_id",
+    "spool_id",
+    "next_sequence",
+    "spool_records",
+    "status_time_us",
+    "received_time",
+    "spool_ranges",
+)
 _FATES = {reason.name.lower(): fate for reason, fate in FATE_OF_GAP.items()}
 Evidence = dict[tuple[str, str], SpoolEvidence]
 
@@ -54,18 +63,46 @@ def collect_evidence(lake: DeltaStore, device: str | None = None) -> Evidence:
 def _add_statuses(evidence: Evidence, lake: DeltaStore, where: Mapping[str, str] | None) -> None:
     """`next_sequence` never falls, whatever order statuses come in; what is in the spool is the latest one's word."""
     latest: dict[tuple[str, str], dict[str, Any]] = {}
+    heard: dict[tuple[str, str], Any] = {}
     for path in _paths(lake, TableName.STATUS):
         for row in lake.rows(TableName.STATUS, path, _STATUS_COLUMNS, where).to_pylist():
             found = _of(evidence, row["device_id"], row["spool_id"])
             found.next_sequence = max(found.next_sequence, row["next_sequence"])
             key = (row["device_id"], row["spool_id"])
-            if key not in latest or row["status_time_us"] >= latest[key]["status_time_us"]:
+            if key not in latest or _order(row) >= _order(latest[key]):
                 latest[key] = row
+            heard[key] = max(heard.get(key, row["received_time"]), row["received_time"])
+    gone = _replaced(latest, heard)
     for key, row in latest.items():
         found = evidence[key]
         found.status_time_us = row["status_time_us"]
-        for run in row["spool_ranges"]:
+        for run in row["spool_ranges"] if key not in gone else ():
             found.add(Fate.IN_SPOOL, run["start"], run["stop"])
+
+
+def _replaced(latest: Mapping[tuple[str, str], Mapping[str, Any]], heard: Mapping[tuple[str, str], Any]) -> set[Any]:
+    """Spools of which nothing is left on their device, whatever their own last status says.
+
+    A spool that was deleted, or damaged beyond knowing what it held, goes on under a new id, and never speaks of the
+    old one again: what was lost with it would pass for waiting, for ever. But `spool_records` counts the remains of
+    older ids too: when it is no more than the new one's own, there are none.
+    """
+    current: dict[tuple[str, str], tuple[str, str]] = {}
+    for key, row in latest.items():
+        device = (row["site"], row["device_id"])
+        if device not in current or heard[key] > heard[current[device]]:
+            current[device] = key
+    gone = set()
+    for key, row in latest.items():
+        now = current[row["site"], row["device_id"]]
+        own = sum(run["stop"] - run["start"] for run in latest[now]["spool_ranges"])
+        if key != now and latest[now]["spool_records"] == own:
+            gone.add(key)
+    return gone
+
+
+def _order(status: Mapping[str, Any]) -> tuple[int, int, int]:
+    return *status_order(status["next_sequence"], status["spool_records"]), status["status_time_us"]
 
 
 def _paths(lake: DeltaStore, name: TableName) -> list[str]:

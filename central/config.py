@@ -77,12 +77,17 @@ class FeedConfig(Section, frozen=True, kw_only=True):
         int,
         Meta(ge=KIB, le=8 * MIB, description="Larger envelopes are cut; gRPC clients read 4 MiB by default."),
     ] = MIB
-    message_bytes_max: Annotated[int, Meta(ge=MIB, description="Largest gRPC message, either way.")] = 16 * MIB
+    message_bytes_max: Annotated[int, Meta(ge=MIB, description="Largest gRPC message that is sent.")] = 16 * MIB
     heartbeat_s: Annotated[float, Meta(gt=0, description="A subscription hears something at least this often.")] = 5.0
     stall_deadline_s: Annotated[
         float, Meta(gt=0, description="A subscriber that takes nothing for so long is cut off; it can resume.")
     ] = 60.0
     keepalive_s: Annotated[float, Meta(ge=1, description="Silence after which a connection is probed.")] = 20.0
+
+    probes_max: Annotated[
+        int, Meta(ge=1, description="Calls of health and reflection at once, beside subscriptions and Analyze streams.")
+    ] = 64
+    request_bytes_max: Annotated[int, Meta(ge=KIB, description="Largest request that a client may send.")] = MIB
 
     analyze: Annotated[bool, Meta(description="Serve Analyze, for which this process loads the engine.")] = True
     analyze_streams_max: Annotated[int, Meta(ge=1, description="Analyze streams at once; more are refused.")] = 256

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from protos import record_pb2
-from sluice.codec import Limits, Rejected, decode
+from sluice.codec import Limits, Rejected, RejectReason, claimed_range, decode
 from sluice.record import GapReason, RecordBatch
 
 _ENTRY_TYPES = {"metrics": pa.map_(pa.string(), pa.float64()), "labels": pa.map_(pa.string(), pa.string())}
@@ -157,7 +157,7 @@ class EnvelopeDecoder:
             try:
                 batch = decode(message.value, self._limits)
             except Rejected as error:
-                outcomes.append(Bad(message, error.reason.value, error.detail, error.header))
+                outcomes.append(self._refused(message, error))
                 continue
             outcomes.append(None)
             verified.append((index, batch))
@@ -165,6 +165,13 @@ class EnvelopeDecoder:
         for (index, batch), rows in zip(verified, decoded, strict=True):
             outcomes[index] = _outcome(messages[index], batch, rows)
         return [outcome for outcome in outcomes if outcome is not None]
+
+    def _refused(self, message: Message, error: Rejected) -> Bad:
+        header = error.header
+        if error.reason is RejectReason.ENVELOPE_BYTES:
+            # It has left its device's spool: its positions must meet a fate here, or the books never balance.
+            header = claimed_range(message.value, self._limits, len(message.value))
+        return Bad(message, error.reason.value, error.detail, header)
 
     def _rows(self, bodies: Sequence[bytes]) -> list[pa.StructArray | ValueError]:
         """The rows of each body, or why there are none; halves what is refused until the bad one stands alone."""

@@ -272,7 +272,11 @@ class Feed:
         from grpc_health.v1 import health, health_pb2_grpc
         from grpc_reflection.v1alpha import reflection
 
-        server = grpc.aio.server(options=server_options(self._config))
+        config = self._config
+        # Streams that stall are counted beside those that are served; the rest is for probes and reflection, which
+        # have streams of their own that nobody else would count.
+        streams_max = 2 * config.subscribers_max + config.analyze_streams_max + config.probes_max
+        server = grpc.aio.server(options=server_options(config), maximum_concurrent_rpcs=streams_max)
         handlers = {
             # Messages are built once and shared: they are bytes already.
             "Subscribe": grpc.unary_stream_rpc_method_handler(
@@ -315,7 +319,7 @@ def server_options(config: FeedConfig) -> list[tuple[str, int]]:
         # Without this the server runs megabytes ahead of a slow client.
         ("grpc.http2.bdp_probe", 0),
         ("grpc.max_send_message_length", config.message_bytes_max),
-        ("grpc.max_receive_message_length", config.message_bytes_max),
+        ("grpc.max_receive_message_length", config.request_bytes_max),
         # A port that is taken must be an error, not shared with whoever has it.
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_time_ms", keepalive_ms),

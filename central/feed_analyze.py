@@ -17,6 +17,7 @@ from central.config import FeedConfig
 from engine.lane import Priority
 from protos import feed_pb2
 from sluice.errors import Backpressure, Permanent, Retryable
+from sluice.record import NAME_PATTERN
 from sluice.telemetry import Event, Telemetry
 
 if TYPE_CHECKING:
@@ -128,6 +129,9 @@ class AnalyzeStream:
         priority = _PRIORITY.get(request.priority)
         if priority is None:
             raise Refused(errors.CODE_INVALID, f"unknown priority {request.priority}")
+        # The engine remembers streams by name: nothing but a name may be one.
+        if request.stream and not NAME_PATTERN.match(request.stream):
+            raise Refused(errors.CODE_INVALID, "stream: not a valid name (1 to 128 of A-Z a-z 0-9 . _ -)")
         deadline_s = (request.deadline_ms or self._config.analyze_deadline_ms) / 1000
         begun_s = time.monotonic()
         try:

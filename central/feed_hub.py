@@ -41,6 +41,8 @@ LOG_TRUNCATED = Event(
 )
 LOG_READY = Event(name="feed_log_ready", unit="partitions", help="Partitions that the feed follows.")
 
+# What a ring holds of an entry beside its value, measured; a log of receipts or deletions is little else.
+ENTRY_OVERHEAD_BYTES: Final = 512
 READ_ENTRIES_MAX: Final = 256
 READ_TIMEOUT_S: Final = 0.2
 # What is read ahead of a probe or of one that catches up.
@@ -146,7 +148,7 @@ class FeedHub:
                 backoff.reset()
                 self._outage = False
                 for entry in entries:
-                    self.rings[entry.partition].append(entry.offset, entry, len(entry.value))
+                    self.rings[entry.partition].append(entry.offset, entry, len(entry.value) + ENTRY_OVERHEAD_BYTES)
                 self.news.tell()
 
     def _set_ready(self, *, ready: bool) -> None:

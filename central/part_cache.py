@@ -7,11 +7,14 @@ build; a waiter that is cancelled does not cancel it for the others.
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Final
 
 from central.feed_batches import Part
 from central.tokens import Partition
 
 Key = tuple[int, Partition, int]  # epoch, partition, offset
+# Of one entry (key, list, place in the order) or part, measured.
+_OVERHEAD_BYTES: Final = 256
 
 
 class PartCache:
@@ -57,4 +60,5 @@ class PartCache:
 
 
 def _size(parts: list[Part]) -> int:
-    return sum(len(part.body) for part in parts)
+    # Most of a small entry is what Python keeps beside it; a receipt has no part at all, and still takes a place.
+    return _OVERHEAD_BYTES + sum(len(part.body) + _OVERHEAD_BYTES for part in parts)

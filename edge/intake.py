@@ -182,8 +182,20 @@ class Intake:
             batches = [batch for chunk, waiting in taken for batch in self._batcher.add(chunk, waiting, now)]
             batches += self._batcher.flush() if flush else self._batcher.due(now)
             self._append_all(batches)
+            # After a failure the agent ends, and whoever waits is told so at once.
+            closing = self._fail_open_batches() or closing
             if closing and not self._queue:
                 return
+
+    def _fail_open_batches(self) -> bool:
+        """After a failure: takes nothing more, and fails what was taken; returns whether there was one."""
+        if self.failure is None:
+            return False
+        with self._wake:
+            self._closing = True
+            self._wake.notify_all()
+        self._append_all(self._batcher.flush())
+        return True
 
     def _gather(self) -> tuple[bool, bool, list[tuple[Chunk, _Waiting]]]:
         """Waits for chunks, a deadline or the end; returns (closing, close all batches, chunks)."""
@@ -247,8 +259,10 @@ class Intake:
                     )
                     told = True
                 self._room.wait(error.retry_after_s if isinstance(error, Backpressure) else _RETRY_DELAY_S)
-            except SluiceError as error:
-                self._telemetry.emit(APPEND_FAILED, detail=str(error))
+            except Exception as error:  # noqa: BLE001 - those who wait for this batch must hear of it, whatever it is
+                self._telemetry.emit(
+                    APPEND_FAILED, detail=str(error) if isinstance(error, SluiceError) else type(error).__name__
+                )
                 self.failure = error
                 self._tell_failure()
             else:

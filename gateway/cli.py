@@ -39,10 +39,10 @@ def checked(config: GatewayConfig) -> str:
         ConfigError: naming file and key.
     """
     from gateway.classifier import build
-    from gateway.policy import read
+    from gateway.policy import configured
     from sluice.kafka_client import WRITER_PROMISES, user_options
 
-    policy = read(Path(config.policy.file)) if config.policy.file else None
+    policy = configured(config.policy)
     build(policy, config.scanner)
     user_options(config.kafka, WRITER_PROMISES)
     rules = f"{len(policy.rules)} rules from {config.policy.file}" if policy else "the built-in policy"

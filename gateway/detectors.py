@@ -257,7 +257,10 @@ def _mac(text: str) -> Iterator[Span]:
         yield match.span()
 
 
-_JWT: Final = re.compile(r"(eyJ[A-Za-z0-9_\-]{8,})\.[A-Za-z0-9_\-]{4,}\.[A-Za-z0-9_\-]*")
+# Atomic and possessive: each run of these characters is walked through once, so that none takes quadratic time.
+_JWT: Final = re.compile(
+    r"(?<![A-Za-z0-9_\-])(?>[A-Za-z0-9_\-]*?(?=eyJ))([A-Za-z0-9_\-]{11,}+)\.[A-Za-z0-9_\-]{4,}+\.[A-Za-z0-9_\-]*+"
+)
 
 
 def _jwt(text: str) -> Iterator[Span]:
@@ -268,7 +271,7 @@ def _jwt(text: str) -> Iterator[Span]:
         except (Base64Error, ValueError):
             continue
         if b'"alg"' in decoded or b'"enc"' in decoded:
-            yield match.span()
+            yield match.start(1), match.end()
 
 
 _API_KEYS: Final = (

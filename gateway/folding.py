@@ -1,7 +1,8 @@
 r"""Text that hides ASCII from a byte pattern, made plain. Pure.
 
 Folded are: compatibility forms (full-width, mathematical, circled; NFKC), decimal digits of every script, dashes and
-spaces of every kind, invisible characters (removed), `\uXXXX` escapes of JSON and the percent escapes of URLs.
+spaces of every kind, invisible characters (removed), escapes of JSON (`\uXXXX`, `\n`, `\"`; also of JSON inside JSON),
+the percent escapes of URLs, the colours of terminals, and zero bytes (a log in UTF-16 that was read as UTF-8).
 
 `trigger_expressions` gives hyperscan expressions over raw bytes that match wherever folding could turn a text into one
 that a detector matches: text of other scripts without such characters costs nothing.
@@ -18,6 +19,8 @@ from typing import Final
 _RELEVANT: Final = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ@.+-_:/()% ")
 _DASHES: Final = frozenset([*range(0x2010, 0x2016), 0x2043, 0x2212, 0xFE58, 0xFE63, 0xFF0D, 0x30FC, 0x2E3A])
 _FULL_STOPS: Final = frozenset([0x3002, 0xFF61, 0xFE52])
+# Those that NFKC leaves alone: next line, Ogham's space, line and paragraph separator.
+_SPACES: Final = frozenset([0x0085, 0x1680, 0x2028, 0x2029])
 _INVISIBLE_RANGES: Final = (
     (0x00AD, 0x00AD),
     (0x034F, 0x034F),
@@ -32,13 +35,32 @@ _INVISIBLE_RANGES: Final = (
     (0xFE00, 0xFE0F),
     (0xFEFF, 0xFEFF),
     (0xFFA0, 0xFFA0),
+    (0xFFF9, 0xFFFB),
+    (0x1BCA0, 0x1BCA3),
+    (0x1D173, 0x1D17A),
     (0xE0000, 0xE01EF),
 )
+# A run of backslashes counts as one: JSON inside JSON doubles them. The look-behind and the possessive `++` keep a long
+# run from being walked through more than once.
 _ESCAPE: Final = re.compile(
-    r"\\u(?P<high>d[89ab][0-9a-f]{2})\\u(?P<low>d[c-f][0-9a-f]{2})|\\u(?P<unit>[0-9a-f]{4})|(?P<percent>(?:%[0-9a-f]{2})+)",
+    r"(?<!\\)\\++(?:u(?P<high>d[89ab][0-9a-f]{2})\\++u(?P<low>d[c-f][0-9a-f]{2})|u(?P<unit>[0-9a-f]{4})"
+    r"|(?-i:(?P<short>[nrtbf\"/])))|(?P<percent>(?:%[0-9a-f]{2})+)",
     re.IGNORECASE | re.ASCII,
 )
-_ESCAPE_EXPRESSIONS: Final = (rb"\\[uU][0-9a-fA-F]{4}", rb"%[0-9a-fA-F]{2}")
+# The others are white space of some kind.
+_SHORT: Final[Mapping[str, str]] = MappingProxyType({'"': '"', "/": "/"})
+# Colours and other control sequences (ECMA-48); their last letter would be taken for a part of the word behind it.
+_CONTROL_SEQUENCE: Final = re.compile(r"\x1b\[[0-9:;<=>?]{0,32}[@-~]|\0")
+_ESCAPE_EXPRESSIONS: Final = (
+    rb"\\[uU][0-9a-fA-F]{4}",
+    # Only where they change what stands beside a number or a name.
+    rb"\\[nrtbf][0-9A-Za-z+(]",
+    rb"\\/[0-9]",
+    rb'\\": ?(?:\\{1,8}")?[0-9(+]',
+    rb"%[0-9a-fA-F]{2}",
+    rb"\x1b\[[0-9:;<=>?]{0,32}[@-~]",
+    rb"(?:[!-~]\x00){4}",
+)
 
 
 @cache
@@ -47,6 +69,7 @@ def fold_table() -> Mapping[int, str]:
     table = dict(_compatibility_folds())
     table.update(dict.fromkeys(_DASHES, "-"))
     table.update(dict.fromkeys(_FULL_STOPS, "."))
+    table.update(dict.fromkeys(_SPACES, " "))
     for first, last in _INVISIBLE_RANGES:
         table.update(dict.fromkeys(range(first, last + 1), ""))
     return MappingProxyType(table)
@@ -69,27 +92,48 @@ def fold(text: str) -> str:
     """The text with everything above made plain; equal to the input when there is nothing to fold."""
     if "\\" in text or "%" in text:
         text = _ESCAPE.sub(_unescape, text)
+    if "\x1b" in text or "\0" in text:
+        text = _CONTROL_SEQUENCE.sub("", text)
     return text if text.isascii() else text.translate(fold_table())
 
 
 def fold_with_positions(text: str) -> tuple[str, list[int]]:
     """As `fold`, and for each folded character (and the end) its position in `text`."""
     table = fold_table()
+    plain, at = _unescaped_with_positions(text)
     folded: list[str] = []
     positions: list[int] = []
-    at = 0
-    while at < len(text):
-        escape = _ESCAPE.match(text, at)
-        plain = _unescape(escape) if escape else text[at]
-        stop = escape.end() if escape else at + 1
-        for character in plain.translate(table):
-            folded.append(character)
-            positions.append(at)
-        at = stop
+    stop = 0
+    for sequence in (*_CONTROL_SEQUENCE.finditer(plain), None):
+        start, next_stop = sequence.span() if sequence else (len(plain), 0)
+        for i in range(stop, start):
+            for character in plain[i].translate(table):
+                folded.append(character)
+                positions.append(at[i])
+        stop = next_stop
     return "".join(folded), [*positions, len(text)]
 
 
+def _unescaped_with_positions(text: str) -> tuple[str, list[int]]:
+    """The text without escapes, and for each of its characters its position in `text`."""
+    plain: list[str] = []
+    positions: list[int] = []
+    stop = 0
+    for escape in (*_ESCAPE.finditer(text), None):
+        start = escape.start() if escape else len(text)
+        plain.append(text[stop:start])
+        positions.extend(range(stop, start))
+        if escape:
+            characters = _unescape(escape)
+            plain.append(characters)
+            positions.extend([start] * len(characters))
+            stop = escape.end()
+    return "".join(plain), positions
+
+
 def _unescape(match: re.Match[str]) -> str:
+    if match["short"]:
+        return _SHORT.get(match["short"], " ")
     if match["percent"]:
         return bytes.fromhex(match["percent"].replace("%", "")).decode(errors="replace")
     if match["high"]:

@@ -35,6 +35,7 @@ from sluice.delivery import Delivery
 from sluice.errors import Permanent, SluiceError
 from sluice.mqtt import Message, MqttSession
 from sluice.record import RecordBatch
+from sluice.service import until_one_ends
 from sluice.telemetry import Event, Telemetry
 
 RESENT = Event(
@@ -156,14 +157,12 @@ class Inbox:
 
     async def run(self) -> None:
         """Receives and acknowledges until drained."""
-        acking = asyncio.create_task(self._acks.run(self._session.wait_connected), name="acks")
         try:
-            await self._session.run()
+            await until_one_ends(self._session.run(), self._acks.run(self._session.wait_connected))
         finally:
-            acking.cancel()
             for task in self._refusals:
                 task.cancel()
-            await asyncio.gather(acking, *self._refusals, return_exceptions=True)
+            await asyncio.gather(*self._refusals, return_exceptions=True)
 
     async def drain(self, deadline_s: float) -> None:
         """Takes no more, gives what is under way half of the time to settle, acknowledges, and disconnects.
@@ -217,12 +216,16 @@ class Inbox:
         """Called by the session for every message: takes it in, or puts it aside."""
         if self._draining.is_set():
             return
-        slot = self._ring.add(message)
+        # Without a PUBACK (QoS 0) nothing slows the broker down: such a message takes no place in the order, and one
+        # without room is not noted at all.
+        slot = self._ring.add(message) if message.qos else Slot(message)
         held = _Held(message, slot, len(message.payload))
         if not self._has_room_for(held.size_bytes):
+            self._telemetry.emit(SHED, bytes=held.size_bytes)
+            if not message.qos:
+                return
             slot.item = replace(message, payload=b"")
             self._shed.append(slot)
-            self._telemetry.emit(SHED, bytes=held.size_bytes)
             return
         self._held.add(held)
         self._held_bytes += held.size_bytes
@@ -320,11 +323,7 @@ class Inbox:
         try:
             if rejected.reason is RejectReason.ENVELOPE_BYTES:
                 # Too large for us to process, but small enough to be here: its header may still be read.
-                lenient = Limits(
-                    envelope_bytes_max=self._config.packet_bytes_max,
-                    records_per_batch_max=self._limits.records_per_batch_max,
-                )
-                _, claim = codec.decode_header(message.payload, lenient)
+                claim = codec.claimed_range(message.payload, self._limits, self._config.packet_bytes_max)
             if claim is None:
                 return None
             self._check_names(claim, self._device_of(message))

@@ -38,6 +38,9 @@ class Judge:
         self._timeout_s = config.timeout_s
         self._telemetry = telemetry
         self._threads = ThreadPoolExecutor(config.threads, thread_name_prefix="classify")
+        self._threads_max = config.threads
+        self._late = 0
+        self._returned = asyncio.Event()
         # One waits here for a thread, without its time running, for as long as threads come back.
         self._free = asyncio.Semaphore(config.threads)
 
@@ -46,9 +49,8 @@ class Judge:
         if not batch.present_count:
             return route(batch, IN_DOUBT)
         async with self._free:
-            deciding = asyncio.get_running_loop().run_in_executor(self._threads, self._decide, batch)
             try:
-                return await asyncio.wait_for(deciding, self._timeout_s)
+                return await self._decided(batch)
             except TimeoutError:
                 return await self._keep(batch, "timeout")
             except Exception as error:  # noqa: BLE001 - whatever it is, the batch stays
@@ -57,6 +59,27 @@ class Judge:
     def close(self) -> None:
         """Ends the threads; does not wait for one that is busy."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _decided(self, batch: RecordBatch) -> Parts:
+        async with asyncio.timeout(self._timeout_s):
+            # A late thread still has its batch. Nothing is queued behind it: what is queued cannot be taken back, so
+            # with threads that never return the queue would grow for ever.
+            while self._late >= self._threads_max:
+                self._returned.clear()
+                await self._returned.wait()
+            deciding = asyncio.wrap_future(self._threads.submit(self._decide, batch))
+            try:
+                return await asyncio.shield(deciding)
+            finally:
+                if not deciding.done():
+                    self._late += 1
+                    deciding.add_done_callback(self._came_back)
+
+    def _came_back(self, decided: "asyncio.Future[Parts]") -> None:
+        self._late -= 1
+        self._returned.set()
+        if not decided.cancelled():
+            decided.exception()  # asked for, since nobody waits for it any more
 
     def _decide(self, batch: RecordBatch) -> Parts:
         return route(batch, self._classify(batch))

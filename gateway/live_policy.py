@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gateway.batches import Verdict
 from gateway.classifier import SCAN_FAILED, Classifier, build
-from gateway.policy import PolicyConfig, PolicyFile, read
+from gateway.policy import PolicyConfig, PolicyFile, configured, read
 from gateway.scanner import ScannerConfig
 from sluice.errors import SluiceError
 from sluice.record import RecordBatch
@@ -43,7 +43,7 @@ class LivePolicy:
         self._path = Path(config.file) if config.file else None
         self._stopping = asyncio.Event()
         self._seen = _version(self._path)
-        self._file = read(self._path) if self._path else PolicyFile()
+        self._file = configured(config) or PolicyFile()
         self._classifier = self._build(self._file)
         telemetry.emit(LOADED, rules=len(self._file.rules), file=str(self._path or "built-in"))
 

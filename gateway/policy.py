@@ -94,6 +94,20 @@ def read(path: Path) -> PolicyFile:
     return load(PolicyFile, path, environ={})
 
 
+def configured(config: PolicyConfig) -> PolicyFile | None:
+    """The policy file that a configuration names; None for the built-in policy.
+
+    Raises:
+        ConfigError: naming the key, the file, and the line or key in it.
+    """
+    if config.file is None:
+        return None
+    try:
+        return read(Path(config.file))
+    except ConfigError as error:
+        raise ConfigError(f"policy.file: {error}") from error
+
+
 @dataclass(frozen=True, slots=True)
 class Envelope:
     """What a batch says of itself, on which rules decide before any record is looked at."""

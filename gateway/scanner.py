@@ -5,7 +5,8 @@ protobuf, so `text`, keys and values of `labels`, names of `metrics`, `payload` 
 prefilter hits, the record that owns the bytes is parsed and each of its strings confirmed exactly (`detectors`), as
 written and folded (`folding`). A clean batch costs no Python per record.
 
-Not covered: the *values* of metrics (numbers; use a rule), text inside images or compressed payloads (found as
+Not covered: numbers (the *values* of metrics, times; use a rule), the names of site, device and stream (whoever
+configures a device chooses them, and the ledger needs them), text inside images or compressed payloads (found as
 `opaque_payload`), a value cut in two by two fields or records.
 
 Invariants:

@@ -21,17 +21,18 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
 from gateway.batches import LocalBatch
 from gateway.local_config import LocalConfig
-from gateway.sealed_files import expired, plan_merge
+from gateway.sealed_files import SealedFile, expired, plan_merge
 from gateway.sealed_key import SealedKey, check_identity, load_key
 from gateway.sealed_schema import RECORDS, RESULTS, record_rows
 from gateway.sealed_table import SealedTable, saved_position, write_durably
 from gateway.sealed_writer import GroupCommit
-from sluice.errors import Backpressure, ConfigError, SluiceError
+from sluice.errors import Backpressure, ConfigError, Permanent, SluiceError
 from sluice.intervals import IntervalSet
 from sluice.telemetry import Event, Telemetry
 
@@ -134,6 +135,7 @@ class SealedStore:
         # Never below what a follower has seen, even if all files have expired and the clock was set back.
         self._last_commit = max([-1, *(file.last for file in files), *places])
         self._was_full = False
+        self._damaged: set[str] = set()
         self._stopping = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sealed-commit")
         self._records = GroupCommit[LocalBatch](self._commit_records, **_limits(config))
@@ -190,15 +192,11 @@ class SealedStore:
 
     async def maintain(self) -> None:
         """Expires what is too old and merges what is small, once."""
-        try:
-            for label, table in (("records", self.records), ("results", self.results)):
-                rows = await asyncio.to_thread(self._expire, table)
-                if rows:
-                    self._telemetry.emit(EXPIRED, rows, table=label)
-                while not self._stopping.is_set() and await asyncio.to_thread(self._merge, table):
-                    continue
-        except SluiceError as error:
-            self._telemetry.emit(MAINTENANCE_FAILED, detail=str(error))
+        for label, table in (("records", self.records), ("results", self.results)):
+            try:
+                await self._maintain(label, table)
+            except SluiceError as error:  # one table's trouble is not the other's
+                self._telemetry.emit(MAINTENANCE_FAILED, detail=str(error))
         self._note_room()
 
     async def drain(self, deadline_s: float) -> None:
@@ -208,6 +206,17 @@ class SealedStore:
         await self._results.close()
         self._thread.shutdown(wait=False)
         self._lock.close()
+
+    async def _maintain(self, label: str, table: SealedTable) -> None:
+        old = await asyncio.to_thread(self._expire, table)
+        self._bytes -= sum(file.size_bytes for file in old)
+        if old:
+            self._telemetry.emit(EXPIRED, sum(file.rows for file in old), table=label)
+        while not self._stopping.is_set():
+            grown_bytes = await asyncio.to_thread(self._merge, table)
+            if grown_bytes is None:
+                return
+            self._bytes += grown_bytes
 
     def _check_room(self, size_bytes: int) -> None:
         used = self._bytes + self._records.pending_bytes + size_bytes
@@ -240,26 +249,37 @@ class SealedStore:
         def work() -> int:
             return table.commit(table.columns.table(rows(), number), number, now_ms).size_bytes
 
-        self._bytes += await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        size_bytes = await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        # Not `+= await`: that would read the sum before it waits, and lose what others add meanwhile.
+        self._bytes += size_bytes
         for notify in self._on_commit:
             notify()
 
-    def _expire(self, table: SealedTable) -> int:
+    def _expire(self, table: SealedTable) -> "Sequence[SealedFile]":
+        """Deletes what is too old; returns it. In a thread, as `_merge`: the sum of bytes is the event loop's."""
         before_ms = self._clock_ms() - int(self.config.retention_days * _DAY_MS)
         old = expired(table.files(), before_ms)
         table.delete(old)
-        self._bytes -= sum(file.size_bytes for file in old)
-        return sum(file.rows for file in old)
+        return old
 
-    def _merge(self, table: SealedTable) -> bool:
+    def _merge(self, table: SealedTable) -> int | None:
+        """Merges once; returns by how many bytes the table grew, None when there was nothing to merge."""
         config = self.config
         limits = {"merge_files": config.merge_files, "rotate_bytes": config.rotate_bytes}
-        files = plan_merge(table.files(), **limits, rotate_ms=int(config.rotate_s * 1000))
+        # One that is damaged counts as finished: it stays as it is, and those on either side are merged without it.
+        known = [
+            replace(file, size_bytes=config.rotate_bytes) if file.name in self._damaged else file
+            for file in table.files()
+        ]
+        files = plan_merge(known, **limits, rotate_ms=int(config.rotate_s * 1000))
         if not files:
-            return False
-        made = table.merge(files)
-        self._bytes += made.size_bytes - sum(file.size_bytes for file in files)
-        return True
+            return None
+        try:
+            made = table.merge(files)
+        except Permanent:
+            self._damaged.update(file.name for file in files if not table.readable(file))
+            raise
+        return made.size_bytes - sum(file.size_bytes for file in files)
 
 
 def _limits(config: LocalConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from gateway.sealed_table import SealedTable, saved_position, write_durably
 from sluice.backoff import Backoff
-from sluice.errors import Backpressure, Permanent
+from sluice.errors import Backpressure, Permanent, SluiceError
 from sluice.telemetry import Event, Telemetry
 
 if TYPE_CHECKING:
@@ -111,7 +111,9 @@ class Follower:
                 while await self._step():
                     self._backoff.reset()
             except Exception as error:  # noqa: BLE001 - whatever fails here must not stop the site; it is tried again
-                self._telemetry.emit(RETRIED, follower=self._name, error=type(error).__name__, detail=str(error))
+                # Only our own errors never quote what was read; another library's may, and logs may leave the site.
+                detail = str(error) if isinstance(error, SluiceError) else ""
+                self._telemetry.emit(RETRIED, follower=self._name, error=type(error).__name__, detail=detail)
                 await asyncio.sleep(error.retry_after_s if isinstance(error, Backpressure) else self._backoff.next_s())
                 continue
             await self._wait()

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 KEY_COLUMNS: Final = ("device_id", "spool_id", "sequence")
+# The years 1 to 9999: what Python and most readers of Parquet can show.
+_CALENDAR_US: Final = (-62_135_596_800_000_000, 253_402_300_800_000_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +142,14 @@ def record_rows(batches: Sequence[LocalBatch]) -> dict[str, list[Any]]:
         rows["rule"].extend(d.rule for d in batch.why)
         rows["found"].extend(list(d.found) for d in batch.why)
         for frame in batch.frames:
-            _append_record(rows, record_pb2.Record.FromString(frame))
+            _append_record(rows, record_pb2.Record.FromString(frame), batch.received_time_us)
     return rows
 
 
-def _append_record(rows: dict[str, list[Any]], record: record_pb2.Record) -> None:
-    rows["event_time"].append(record.event_time_us)
+def _append_record(rows: dict[str, list[Any]], record: record_pb2.Record, received_time_us: int) -> None:
+    # As in the lake: a time outside the calendar gives way to the time of receipt. It could never be read back.
+    said_us = record.event_time_us
+    rows["event_time"].append(said_us if _CALENDAR_US[0] <= said_us < _CALENDAR_US[1] else received_time_us)
     rows["text"].append(record.text)
     rows["metrics"].append(list(record.metrics.items()))
     rows["labels"].append(list(record.labels.items()))

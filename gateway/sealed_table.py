@@ -101,6 +101,16 @@ class SealedTable:
         except (pa.ArrowException, OSError) as error:
             raise Permanent(f"sealed file {path} cannot be read: {_first_line(error)}") from error
 
+    def readable(self, file: SealedFile) -> bool:
+        """Whether a file is whole; one that is gone is."""
+        try:
+            self.read(file)
+        except FileNotFoundError:
+            return True
+        except Permanent:
+            return False
+        return True
+
     def scan(
         self, after: int = -1, columns: Sequence[str] | None = None, since_ms: int = 0
     ) -> Iterator[tuple[SealedFile, "pa.Table"]]:

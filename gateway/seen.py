@@ -9,14 +9,16 @@ Invariants:
 The same positions with the same gaps and other bytes mean that two devices run one spool (a cloned disk): REUSED.
 """
 
+import hashlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from enum import Enum
 
 from sluice.intervals import IntervalSet
 from sluice.record import Gap, RecordBatch
 
 Spool = tuple[str, bytes]
-_Envelope = tuple[str, bytes, int, int, tuple[Gap, ...]]
+_Envelope = tuple[str, bytes, int, int, bytes]
 
 
 class Arrival(Enum):
@@ -97,9 +99,17 @@ class Seen:
 
     def _is_reused(self, batch: RecordBatch, checksum: bytes) -> bool:
         # Positions that expired since make a resend differ honestly; they show as gaps, which are part of the key.
-        key = (*batch.identity, batch.record_count, batch.gaps)
+        # As a digest: an envelope may hold 50,000 gaps, and what is remembered of it is bounded in number, not in size.
+        key = (*batch.identity, batch.record_count, _digest(batch.gaps))
         known = self._checksums.setdefault(key, checksum)
         self._checksums.move_to_end(key)
         if len(self._checksums) > self._envelopes_max:
             self._checksums.popitem(last=False)
         return known != checksum
+
+
+def _digest(gaps: Sequence[Gap]) -> bytes:
+    if not gaps:
+        return b""
+    numbers = ";".join(f"{gap.first_sequence},{gap.count},{gap.reason.value}" for gap in gaps)
+    return hashlib.blake2b(numbers.encode(), digest_size=16).digest()

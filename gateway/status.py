@@ -13,7 +13,7 @@ import math
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from google.protobuf.message import DecodeError
@@ -25,8 +25,10 @@ from sluice import topics
 from sluice.connections import MqttConfig
 from sluice.errors import Permanent, SluiceError
 from sluice.kafka import KafkaWriter
+from sluice.ledger import status_order
 from sluice.mqtt import Message, MqttSession
 from sluice.record import SEQUENCE_MAX, SPOOL_ID_BYTES
+from sluice.service import until_one_ends
 from sluice.telemetry import Event, Telemetry
 
 REFUSED = Event(
@@ -85,10 +87,14 @@ def checked(payload: bytes, origin: topics.Topic, config: StatusConfig, received
 
 def newest(old: control_pb2.Status, new: control_pb2.Status) -> control_pb2.Status:
     """What to pass on of two: a last-will says that the device is gone, with numbers from when it came. Pure."""
-    if new.status_time_us >= old.status_time_us:
+    if new.spool_id != old.spool_id or _order(new) >= _order(old):
         return new
     old.online = new.online
     return old
+
+
+def _order(status: control_pb2.Status) -> tuple[int, int]:
+    return status_order(status.next_sequence, status.spool_records)
 
 
 @dataclass(slots=True)
@@ -154,12 +160,7 @@ class StatusRelay:
 
     async def run(self) -> None:
         """Relays until drained."""
-        relaying = asyncio.create_task(self._relay(), name="status-relay")
-        try:
-            await self._session.run()
-        finally:
-            relaying.cancel()
-            await asyncio.gather(relaying, return_exceptions=True)
+        await until_one_ends(self._session.run(), self._relay())
 
     async def drain(self, deadline_s: float) -> None:
         """Gives what has come a quarter of the time to reach Kafka, and disconnects.
@@ -174,7 +175,9 @@ class StatusRelay:
         await self._session.stop()
 
     def _receive(self, message: Message) -> None:
-        slot = self._ring.add(message)
+        # The order is that of PUBACKs; a message without one (QoS 0) must not lengthen it. Nor is its payload kept.
+        bare = replace(message, payload=b"")
+        slot = self._ring.add(bare) if message.qos else Slot(bare)
         try:
             self._accept(message, slot)
         except Permanent as error:
@@ -184,7 +187,11 @@ class StatusRelay:
             self._finish(slot)
 
     def _accept(self, message: Message, slot: Slot[Message]) -> None:
-        origin = topics.parse(message.topic)
+        try:
+            origin = topics.parse(message.topic)
+        except Permanent:
+            # Its text quotes the topic, which is of the device's making.
+            raise Permanent("its topic does not name a device") from None
         status = checked(message.payload, origin, self._config, self._now_us())
         superseded = self._waiting.get(origin.device)
         if superseded is None and len(self._waiting) >= self._config.devices_max:

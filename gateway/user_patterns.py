@@ -12,8 +12,9 @@ from typing import Final
 from gateway.matching import Span
 from sluice.errors import ConfigError
 
-# An escape, a character class, or an anchor; in this order, so that anchors inside the first two stay.
-_TOKEN: Final = re.compile(r"\\[bBAZz]|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\^|\$", re.DOTALL)
+# A quotation, an escape, a character class (with POSIX classes in it), or an anchor; in this order, so that what looks
+# like an anchor inside the first three stays.
+_TOKEN: Final = re.compile(r"\\Q.*?(?:\\E|\Z)|\\[bBAZz]|\\.|\[\^?\]?(?:\[:\^?\w+:\]|\\.|[^\]\\])*\]|\^|\$", re.DOTALL)
 _ANCHORS: Final = frozenset({r"\b", r"\B", r"\A", r"\Z", r"\z", "^", "$"})
 
 

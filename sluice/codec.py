@@ -27,6 +27,7 @@ import google_crc32c
 import zstandard
 from google.protobuf.message import DecodeError, Message
 from msgspec import Meta
+from msgspec.structs import replace
 
 from protos import record_pb2
 from sluice.config import Section
@@ -193,7 +194,8 @@ def decode_header(payload: bytes, limits: Limits) -> tuple[record_pb2.Envelope, 
         The message, and the claimed range as a gaps-only batch (reason QUARANTINED where no gap was declared).
 
     Raises:
-        Rejected: oversize, undecodable, or a header that breaks a rule.
+        Rejected: oversize, undecodable, a header that breaks a rule, or one that covers too many positions (which
+            claims its range all the same: whoever sent it must not have to send it for ever).
     """
     if len(payload) > limits.envelope_bytes_max:
         detail = f"{len(payload)} bytes, limits.envelope_bytes_max is {limits.envelope_bytes_max}"
@@ -203,14 +205,24 @@ def decode_header(payload: bytes, limits: Limits) -> tuple[record_pb2.Envelope, 
     except DecodeError as error:
         raise Rejected(RejectReason.UNDECODABLE, str(error)) from error
     envelope.DiscardUnknownFields()
+    too_many = envelope.record_count > limits.records_per_batch_max
     try:
-        _validate_header(envelope, limits)
-        gaps = _gaps(envelope)
+        _validate_header(envelope)
+        # Beyond the limit nobody reads its gaps, of which there may be as many: all of its range counts as refused.
+        gaps = () if too_many else _gaps(envelope)
     except Permanent as error:
         raise Rejected(RejectReason.HEADER, str(error)) from error
     if header_checksum(envelope) != envelope.header_checksum:
         # Without a header to claim: what it says of its identity is what is in doubt.
         raise Rejected(RejectReason.CHECKSUM, "crc32c of the header differs from the envelope's")
+    header = _claim(envelope, gaps)
+    if too_many:
+        detail = f"{envelope.record_count} positions, limits.records_per_batch_max is {limits.records_per_batch_max}"
+        raise Rejected(RejectReason.RECORD_COUNT, detail, header)
+    return envelope, header
+
+
+def _claim(envelope: record_pb2.Envelope, gaps: tuple[Gap, ...]) -> RecordBatch:
     bare = RecordBatch(
         device_id=envelope.device_id,
         spool_id=envelope.spool_id,
@@ -223,7 +235,21 @@ def decode_header(payload: bytes, limits: Limits) -> tuple[record_pb2.Envelope, 
         gaps=gaps,
         received_time_us=envelope.received_time_us,
     )
-    return envelope, bare.receipt(GapReason.QUARANTINED)
+    return bare.receipt(GapReason.QUARANTINED)
+
+
+def claimed_range(payload: bytes, limits: Limits, envelope_bytes_max: int) -> RecordBatch | None:
+    """What a refused envelope claims to cover, as a gaps-only batch, when its header can be read; else None.
+
+    Args:
+        payload: the envelope.
+        limits: that it was refused under.
+        envelope_bytes_max: instead of that in `limits`: too large to be processed may be small enough to be looked at.
+    """
+    try:
+        return decode_header(payload, replace(limits, envelope_bytes_max=envelope_bytes_max))[1]
+    except Rejected as error:
+        return error.header
 
 
 def header_checksum(envelope: record_pb2.Envelope) -> int:
@@ -249,17 +275,14 @@ def header_present_count(envelope: record_pb2.Envelope) -> int:
     return int(envelope.record_count - sum(gap.count for gap in envelope.gaps))
 
 
-def _validate_header(envelope: record_pb2.Envelope, limits: Limits) -> None:
+def _validate_header(envelope: record_pb2.Envelope) -> None:
     validate_name("device", envelope.device_id)
     validate_name("site", envelope.site)
     validate_name("stream", envelope.stream)
     if len(envelope.spool_id) != SPOOL_ID_BYTES:
         raise Permanent(f"spool_id has {len(envelope.spool_id)} bytes instead of {SPOOL_ID_BYTES}")
-    if not 1 <= envelope.record_count <= limits.records_per_batch_max:
-        raise Permanent(
-            f"record_count is {envelope.record_count}, allowed is 1 to limits.records_per_batch_max "
-            f"= {limits.records_per_batch_max}"
-        )
+    if envelope.record_count < 1:
+        raise Permanent("record_count is 0")
     if envelope.first_sequence + envelope.record_count > SEQUENCE_MAX:
         raise Permanent(f"first_sequence {envelope.first_sequence} is beyond 63 bits")
     stop = envelope.first_sequence + envelope.record_count

@@ -169,6 +169,10 @@ def _check_keys(tree: Mapping[str, Any], kind: type[msgspec.Struct], source: str
 
 def _check_value(value: Any, kind: msgspec.inspect.Type, source: str, path: str) -> None:
     inner, _ = _unwrap(kind)
+    words = inner.values if isinstance(inner, msgspec.inspect.LiteralType) else ()
+    if isinstance(value, str) and words and value not in words and all(isinstance(word, str) for word in words):
+        known = ", ".join(repr(word) for word in words)
+        raise ConfigError(f"{source}: key '{path}': {value!r} is not one of {known}")
     if isinstance(value, list) and isinstance(inner, msgspec.inspect.ListType | msgspec.inspect.VarTupleType):
         for i, item in enumerate(value):
             _check_value(item, inner.item_type, source, f"{path}[{i}]")

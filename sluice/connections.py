@@ -59,3 +59,8 @@ class TelemetryConfig(Section, frozen=True, kw_only=True):
     port: Annotated[
         Annotated[int, Meta(ge=0, le=65535)] | None, Meta(description="Their port; None: off; 0: any free one.")
     ] = None
+    connections_max: Annotated[int, Meta(ge=1, description="Connections to them at once; more are hung up on.")] = 16
+    series_max: Annotated[
+        int,
+        Meta(ge=1, description='Series of one counter; label values beyond it share the series "(other)".'),
+    ] = 1000

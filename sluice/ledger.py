@@ -22,6 +22,15 @@ from sluice.intervals import IntervalSet
 from sluice.record import GapReason
 
 
+def status_order(next_sequence: int, spool_records: int) -> tuple[int, int]:
+    """Orders the statuses of one spool: what is greater was said later.
+
+    Without a clock, since a device's may jump (one status from the future would be the last word for ever), and a
+    last-will arrives late: a spool's `next_sequence` never falls, and while it stays nothing is added to what waits.
+    """
+    return next_sequence, -spool_records
+
+
 class Fate(Enum):
     """What became of a position. The value is the column's name in reports."""
 

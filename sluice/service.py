@@ -7,9 +7,9 @@ drain. `serve` runs several services as one process: the first failure, SIGTERM 
 
 import asyncio
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from sluice.telemetry import Event, Telemetry
 
@@ -108,6 +108,22 @@ async def serve(
         telemetry.emit(DRAIN_FAILED, service=tasks[task].name, detail="still running at the deadline")
     if failures:
         raise failures[0]
+
+
+async def until_one_ends(*works: Coroutine[Any, Any, None]) -> None:
+    """Runs the parts of one service together; when one ends, the others are cancelled, and an error of it is raised.
+
+    A part that dies must not leave its service looking alive.
+    """
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _note_failure(name: str, telemetry: Telemetry, failures: list[Exception], task: asyncio.Task[None]) -> None:

@@ -24,6 +24,8 @@ from sluice.connections import TelemetryConfig
 from sluice.errors import ConfigError
 
 Level = Literal["debug", "info", "warning", "error"]
+# The label of what came after a metric had all the series that it may have.
+OTHER: Final = "(other)"
 # What a client of the probes may take to say what it wants.
 _REQUEST_TIMEOUT_S: Final = 5.0
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
@@ -67,8 +69,9 @@ class Telemetry:
         self.registry = CollectorRegistry()
         self._lock = threading.Lock()
         self._counters: dict[str, Counter] = {}
+        self._series: dict[Counter, set[tuple[str, ...]]] = {}
         self._ready: dict[str, Callable[[], bool]] = {}
-        self._server: WSGIServer | None = None
+        self._server: _Server | None = None
         self._log = structlog.wrap_logger(
             structlog.WriteLogger(stream or sys.stderr),
             processors=[
@@ -91,11 +94,25 @@ class Telemetry:
         """
         counter = self._counter(event)
         if event.labels:
-            counter = counter.labels(*(str(fields.get(label, "")) for label in event.labels))
+            counter = self.series(counter, *(str(fields.get(label, "")) for label in event.labels))
         counter.inc(count)
         # A full disk or a closed pipe behind stderr must not stop the records: the line is lost, the counter is not.
         with contextlib.suppress(OSError, ValueError):
             getattr(self._log, event.level)(event.name, count=count, **fields)
+
+    def series(self, counter: Counter, *values: str) -> Counter:
+        """The counter's series for these label values.
+
+        Names that devices choose (streams) are labels, so the number of series is bounded: beyond
+        `telemetry.series_max` of one metric, new values share the series whose labels are all `OTHER`.
+        """
+        known = self._series.setdefault(counter, set())
+        if values not in known:
+            if len(known) >= self.config.series_max:
+                values = (OTHER,) * len(values)
+            else:
+                known.add(values)
+        return counter.labels(*values)
 
     def gauge(self, name: str, text: str, labels: Sequence[str] = ()) -> Gauge:
         """A gauge named `sluice_{name}`; the unit comes last in the name."""
@@ -137,6 +154,7 @@ class Telemetry:
             raise ConfigError(
                 f"telemetry: cannot listen on {host}:{port}: {error.strerror}; set telemetry.port to a free port"
             ) from error
+        self._server.connections_max = self.config.connections_max
         threading.Thread(target=self._server.serve_forever, name="telemetry", daemon=True).start()
         return int(self._server.server_port)
 
@@ -191,12 +209,32 @@ def _add_level(_logger: Any, method: str, event: Any) -> Any:
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """A slow scraper must not keep a probe waiting."""
+    """A slow scraper must not keep a probe waiting; more than `connections_max` of them are hung up on."""
 
     daemon_threads = True
+    connections_max = 1
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Starts a thread for a connection, if there may be one more."""
+        if self._busy >= self.connections_max:
+            self.shutdown_request(request)
+            return
+        with self._count:
+            self._busy += 1
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serves one connection."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self._count:
+                self._busy -= 1
 
     def server_bind(self) -> None:
         """Binds without looking up the host's name, which hangs where DNS does."""
+        self._busy = 0
+        self._count = threading.Lock()
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()

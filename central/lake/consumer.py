@@ -126,7 +126,9 @@ class LakeConsumer:
                 break
             if message.error():
                 self._on_error(consumer, message)
-                break
+                # It may have moved our partitions: what came before comes again then, and added now it would pass for
+                # all that lies between.
+                return chunk if generation == self._generation else []
             converted = self._convert(message)
             if converted is not None:
                 chunk.append(converted)
@@ -198,11 +200,16 @@ class LakeConsumer:
         # A drain may set the deadline meanwhile.
         while (left_s := min(until_s, self._deadline_s) - time.monotonic()) > 0:
             message = consumer.poll(min(left_s, POLL_S))
-            if message is not None and not message.error():
-                # Only after a rebalance just now: rare, and never to be lost.
-                converted = self._convert(message)
-                if converted is not None:
-                    self._take(consumer, [converted])
+            if message is None:
+                continue
+            if message.error():
+                # It is said once: unheard, its partition would stand still for ever.
+                self._on_error(consumer, message)
+                continue
+            # Only after a rebalance just now: rare, and never to be lost.
+            converted = self._convert(message)
+            if converted is not None:
+                self._take(consumer, [converted])
         if time.monotonic() >= self._deadline_s:
             raise Stopped
 
@@ -284,7 +291,7 @@ class LakeConsumer:
         Raises:
             Stopped: asked to end meanwhile.
         """
-        backoff = Backoff(0.2, self._config.commit_retry_s_max)
+        backoff = Backoff(min(0.2, self._config.commit_retry_s_max), self._config.commit_retry_s_max)
         while True:
             try:
                 return action()

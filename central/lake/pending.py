@@ -9,6 +9,7 @@ from typing import Any
 from central.lake.commit import Span
 from central.lake.config import LakeConfig
 from central.lake.schema import TableName
+from sluice.ledger import status_order
 
 # What a row held as Python values costs beside its bytes.
 _ROW_OVERHEAD_BYTES = 400
@@ -73,7 +74,7 @@ class Pending:
         if old is None:
             self.rows += 1
             self.bytes += _ROW_OVERHEAD_BYTES
-        elif old["status_time_us"] > values["status_time_us"]:
+        elif _order(old) > _order(values):
             return
         self.statuses[key] = values
 
@@ -99,3 +100,7 @@ class Pending:
         if now_s - self.newest_s >= self.config.flush_idle_s:
             return "idle"
         return None
+
+
+def _order(status: dict[str, Any]) -> tuple[int, int, int]:
+    return *status_order(status["next_sequence"], status["spool_records"]), status["status_time_us"]

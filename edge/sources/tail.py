@@ -8,9 +8,10 @@ Event time is the time of reading: the agent does not guess at formats. What doe
 """
 
 import asyncio
+import contextlib
 import fnmatch
 import glob
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -63,6 +64,7 @@ class TailSource:
         self._line_bytes_max = max(4, context.limits.text_bytes_max // 3)
         self._files: dict[Key, _Followed] = {}
         self._reported: set[str] = set()
+        self._missing: dict[Key, None] = {}
         self._forgotten: list[Key] = []
         self._places = dict(self._stored_places())
         self._at_first_start = not self._places
@@ -124,8 +126,8 @@ class TailSource:
                 followed.orphan_since_s = now_s
         for key, path in current.items():
             if key not in self._files:
-                self._open(path, self._places.pop(key, None), now_s, orphan=False)
-        self._find_rotated(now_s)
+                self._open(key, path, now_s, orphan=False)
+        self._find_rotated(current, now_s)
         self._at_first_start = False
 
     def _matches(self) -> Iterator[Path]:
@@ -138,7 +140,9 @@ class TailSource:
                 if not excluded and path.is_file():
                     yield path
 
-    def _open(self, path: Path, place: Place | None, now_s: float, *, orphan: bool) -> None:
+    def _open(self, key: Key, path: Path, now_s: float, *, orphan: bool) -> None:
+        """Opens a file where its reading stood. One that cannot be opened now keeps its place for the next look."""
+        place = self._places.get(key)
         if len(self._files) >= self._config.files_max:
             self._report(TOO_MANY, path, files_max=self._config.files_max)
             return
@@ -147,6 +151,8 @@ class TailSource:
         except OSError as error:
             self._report(UNREADABLE, path, detail=error.strerror)
             return
+        self._places.pop(key, None)
+        self._missing.pop(key, None)
         if place is None and self._at_first_start:
             self._skip(file)
         self._files[file.key] = _Followed(file, now_s if orphan else None)
@@ -159,19 +165,24 @@ class TailSource:
         elif self._config.backlog_bytes_max is not None:
             file.skip_to_last(self._config.backlog_bytes_max)
 
-    def _find_rotated(self, now_s: float) -> None:
-        """After a restart: files that were read before and have another name now."""
-        places, self._places = self._places, {}
-        for key, place in places.items():
-            old = Path(place.path)
-            for path in sorted(old.parent.glob(f"{glob.escape(old.name)}*")):
-                stat = path.stat()
-                if (stat.st_dev, stat.st_ino) == key:
-                    self._open(path, place, now_s, orphan=True)
-                    break
-            else:
-                self._context.telemetry.emit(GONE, file=place.path, offset=place.offset, source=self.name)
-                self._forgotten.append(key)
+    def _find_rotated(self, current: Mapping[Key, Path], now_s: float) -> None:
+        """After a restart: files that were read before and have another name now.
+
+        One that is nowhere may come back (a file system that is not mounted yet), so its place is kept; of those only
+        `files_max`, the ones found missing first going first.
+        """
+        for key, place in list(self._places.items()):
+            if key in current or key in self._missing:
+                continue  # it is there, and could not be opened yet; or it was looked for already
+            path = _renamed(place, key)
+            if path is not None:
+                self._open(key, path, now_s, orphan=True)
+                continue
+            self._report(GONE, Path(place.path), offset=place.offset)
+            self._missing[key] = None
+        for key in list(self._missing)[: max(0, len(self._missing) - self._config.files_max)]:
+            del self._missing[key], self._places[key]
+            self._forgotten.append(key)
 
     def _report(self, event: Event, path: Path, **fields: Any) -> None:
         """Emits an event once per file."""
@@ -219,3 +230,14 @@ class TailSource:
 
     def _cursor(self, key: Key) -> str:
         return f"{self._prefix}{key[0]}:{key[1]}"
+
+
+def _renamed(place: Place, key: Key) -> Path | None:
+    """The file that had this place, under the name that rotation gave it, or None."""
+    old = Path(place.path)
+    for path in sorted(old.parent.glob(f"{glob.escape(old.name)}*")):
+        with contextlib.suppress(OSError):  # rotated or removed since the folder was listed
+            stat = path.stat()
+            if (stat.st_dev, stat.st_ino) == key:
+                return path
+    return None

@@ -112,17 +112,21 @@ def _feed_port() -> int:
 @contextmanager
 def stopping_on_signals() -> Iterator[threading.Event]:
     """An event that SIGINT and SIGTERM set; a second signal aborts."""
-    stop = threading.Event()
+    stop, abort = threading.Event(), threading.Event()
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
         if stop.is_set():
+            abort.set()
             raise KeyboardInterrupt
         stop.set()
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
-    except KeyboardInterrupt:
+    except BaseException:
+        # Libraries make errors of their own of the interrupt (DuckDB does).
+        if not abort.is_set():
+            raise
         _say("aborted; all parts were killed")
         sys.exit(130)
     finally:

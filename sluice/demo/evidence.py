@@ -17,7 +17,7 @@ from typing import Final
 
 from sluice.demo.canaries import Canary, needles
 from sluice.demo.kafka_dump import dump
-from sluice.demo.pipeline import GATEWAY, Pipeline
+from sluice.demo.pipeline import GATEWAY, Pipeline, plain_environment
 from sluice.demo.search import TokenSearch
 from sluice.errors import Permanent
 
@@ -110,7 +110,7 @@ def look_into_sealed(pipeline: Pipeline, canaries: Sequence[Canary]) -> SealedEv
     search_folder(clear, pipeline.folders.sealed, SEALED)
     argv = [sys.executable, "-m", "sluice", "sealed", "query", "--json", "--limit", "0"]
     argv += ["--config", str(pipeline.folders.config(GATEWAY))]
-    done = subprocess.run(argv, capture_output=True, timeout=_QUERY_TIMEOUT_S, check=False)
+    done = subprocess.run(argv, capture_output=True, timeout=_QUERY_TIMEOUT_S, env=plain_environment(), check=False)
     if done.returncode != 0:
         raise Permanent(f"sluice sealed failed with status {done.returncode}: {done.stderr.decode().strip()}")
     readable = TokenSearch(dict(needles(canaries)))

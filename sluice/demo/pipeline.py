@@ -4,6 +4,7 @@ The same commands and files that production uses: `sluice edge|gateway|central -
 these, the integration tests kill parts of one, the benchmark loads one.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+from sluice.config import PREFIX
 from sluice.demo import configs, kafka_broker, mqtt_broker
 from sluice.demo.broker_process import ready_line
 from sluice.demo.configs import Addresses, Folders
@@ -26,6 +28,11 @@ PARTS: Final = (EDGE, GATEWAY, CENTRAL)
 MQTT: Final = "mqtt"
 KAFKA: Final = "kafka"
 _COMMENT: Final = "Written by `sluice demo`. Start this part alone with: sluice {part} --config {path}"
+
+
+def plain_environment() -> dict[str, str]:
+    """This process's environment without `SLUICE_...`: what a user set for a part of theirs is not meant for ours."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
 
 
 class Pipeline:
@@ -104,14 +111,15 @@ class Pipeline:
         """
         url = f"http://{HOST}:{getattr(self.addresses, part)}/readyz"
         argv = [sys.executable, "-m", "sluice", part, "--config", str(self.folders.config(part))]
-        return self.supervisor.spawn(part, argv, ready_url=url, stdin=stdin)
+        return self.supervisor.spawn(part, argv, inherit=plain_environment(), ready_url=url, stdin=stdin)
 
     def start_role(self, role: str) -> ManagedProcess:
         """Starts one of central's roles as a process of its own, named after the role."""
         port = free_port()
         argv = [sys.executable, "-m", "sluice", CENTRAL, "--config", str(self.folders.config(CENTRAL)), "--role", role]
         env = {"SLUICE_TELEMETRY__PORT": str(port)}
-        return self.supervisor.spawn(role, argv, env=env, ready_url=f"http://{HOST}:{port}/readyz")
+        url = f"http://{HOST}:{port}/readyz"
+        return self.supervisor.spawn(role, argv, env=env, inherit=plain_environment(), ready_url=url)
 
     def read(self, part: str) -> Reading:
         """A part's metrics; an empty reading when it does not answer."""

@@ -197,6 +197,7 @@ class Supervisor:
         argv: Sequence[str],
         *,
         env: Mapping[str, str] | None = None,
+        inherit: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         ready_url: str | None = None,
         ready_line: str | None = None,
@@ -208,7 +209,8 @@ class Supervisor:
         Args:
             name: for messages and the log file.
             argv: the command and its arguments.
-            env: added to this process's environment.
+            env: added to what is inherited.
+            inherit: this process's environment when None.
             cwd: working folder; this process's by default.
             ready_url: answers 200 when the child is ready (`http://127.0.0.1:PORT/readyz`).
             ready_line: a whole line of its output that says so.
@@ -219,7 +221,9 @@ class Supervisor:
         assert previous is None or not previous.alive, f"{name} still runs"
         self._log_dir.mkdir(parents=True, exist_ok=True)
         log = BoundedLog(self._log_dir / f"{name}.log", self._log_bytes_max)
-        popen = self._forker.submit(_fork, argv, {**os.environ, **(env or {})}, cwd, stdin).result()
+        popen = self._forker.submit(
+            _fork, argv, {**(os.environ if inherit is None else inherit), **(env or {})}, cwd, stdin
+        ).result()
         process = ManagedProcess(name, popen, log, ready_url=ready_url, ready_line=ready_line, ready_check=ready_check)
         self.processes[name] = process
         return process

@@ -23,7 +23,7 @@ from sluice.demo.evidence import Evidence, SealedEvidence, gather, look_into_sea
 from sluice.demo.feeder import Feeder
 from sluice.demo.lake_view import RECORDS, RESULTS, LakeView
 from sluice.demo.listener import Listener
-from sluice.demo.pipeline import CENTRAL, EDGE, GATEWAY, PARTS, Pipeline
+from sluice.demo.pipeline import CENTRAL, EDGE, GATEWAY, PARTS, Pipeline, plain_environment
 from sluice.demo.processes import ManagedProcess
 from sluice.demo.readings import Reading
 from sluice.demo.screen import Screen, View
@@ -32,7 +32,7 @@ from sluice.demo.stages import Rates, Stages, batches_per_length, stages
 from sluice.demo.summary import Summary, broken_promises
 from sluice.errors import Permanent
 
-START_DEADLINE_S: Final = 120.0
+START_DEADLINE_S: Final = 180.0
 INPUT_DEADLINE_S: Final = 15.0
 PART_DEADLINE_S: Final = 40.0
 LEDGER_DEADLINE_S: Final = 120.0
@@ -300,7 +300,14 @@ class DemoRun:
         """What `sluice ledger` says, as a user would ask it."""
         argv = [sys.executable, "-m", "sluice", "ledger", "--lake", str(self._pipeline.folders.lake)]
         argv += ["--json", "--wait", f"{wait_s:.1f}"]
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=wait_s + LEDGER_DEADLINE_S, check=False)
+        done = subprocess.run(
+            argv,
+            capture_output=True,
+            text=True,
+            timeout=wait_s + LEDGER_DEADLINE_S,
+            env=plain_environment(),
+            check=False,
+        )
         try:
             books: dict[str, Any] = json.loads(done.stdout)
         except json.JSONDecodeError as error:

@@ -119,8 +119,8 @@ def what_next(root: Path, *, kept: bool) -> str:
             f"Everything of this run is in {root}: configurations, logs, lake, sealed store.",
             f"  sluice ledger --lake {lake}",
             f"  python -c '{query}'",
-            f"  sluice sealed --help        # read what stayed on the site: {root / 'site' / 'sealed'}",
-            f"  sluice scan --help; sluice policy --help; sluice doctor --config {root / 'gateway.toml'}",
+            f"  sluice sealed query --config {root / 'gateway.toml'} --limit 5   # what stayed on the site",
+            f"  sluice doctor --config {root / 'central.toml'}",
             "While a demo runs, in another terminal: sluice tail --kinds results",
         ]
     )

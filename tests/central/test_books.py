@@ -1,6 +1,7 @@
 """The ledger over real tables, and the command that prints it."""
 
 import json
+import random
 import threading
 from pathlib import Path
 
@@ -10,13 +11,17 @@ from click.testing import CliRunner, Result
 from central.books import read_ledger
 from central.lake.commit import Span, commit_primary
 from central.lake.schema import TableName
-from central.lake.store import open_lake
+from central.lake.store import DeltaStore, open_lake
+from central.lake.writer import LakeWriter
 from central.lake_cli import lake as lake_command
 from central.lake_cli import ledger as ledger_command
+from sluice.codec import Limits
 from sluice.ledger import Fate, Ledger
-from sluice.record import GapReason
+from sluice.record import GapReason, Record
 from tests.central.lake_support import (
     NOW_US,
+    PRIMARIES,
+    SPOOL,
     damaged,
     delta_writer,
     envelope,
@@ -68,6 +73,52 @@ def test_a_lost_record_shows_by_its_position(tmp_path: Path) -> None:
     writer.flush()
     (account,) = books(tmp_path).accounts
     assert account.unexplained == ((4, 6), (10, 12))
+
+
+def test_a_status_from_a_clock_that_was_ahead_is_not_the_last_word_for_ever(tmp_path: Path) -> None:
+    writer, _ = delta_writer(tmp_path)
+    ahead = status(10, [(0, 9)], time_us=NOW_US + 10**15, spool_records=10)
+    writer.add([message(0, ahead, "status"), message(0, envelope(0, 9))], 0.0)
+    writer.flush()
+    for offset, waiting in ((1, [(12, 19)]), (2, [(18, 19)])):
+        now = status(20, waiting, time_us=NOW_US + offset, spool_records=len(waiting))
+        writer.add([message(offset, now, "status")], 0.0)
+        writer.flush()
+    (account,) = books(tmp_path).accounts
+    assert account.unexplained == ((9, 18),), "9 is lost, and the old status does not cover it up"
+
+
+@pytest.mark.parametrize(("site", "left"), [("site-1", 0), ("site-1", 5), ("site-2", 0)])
+def test_what_was_lost_with_a_spool_does_not_pass_for_waiting(tmp_path: Path, site: str, left: int) -> None:
+    """A deleted or ruined spool goes on under a new id; `left` records of the old one are still there."""
+    writer, _ = delta_writer(tmp_path)
+    new = {"spool_id": bytes(16), "site": site, "received_time_us": NOW_US + 2}
+    values = [
+        status(10, [(4, 9)], spool_records=6, received_time_us=NOW_US + 1),
+        status(3, [(1, 2)], spool_records=2 + left, **new),
+    ]
+    writer.add([message(0, envelope(0, 4)), message(1, envelope(0, 1, spool=bytes(16)))], 0.0)
+    writer.add([message(i, value, "status") for i, value in enumerate(values)], 0.0)
+    writer.flush()
+    unexplained = {account.spool_id: account.unexplained for account in books(tmp_path).accounts}
+    assert unexplained[bytes(16)] == ()
+    assert unexplained[SPOOL] == (() if left or site != "site-1" else ((4, 10),))
+
+
+@pytest.mark.parametrize("limits", [Limits(envelope_bytes_max=2048), Limits(records_per_batch_max=2)])
+def test_an_envelope_beyond_centrals_limits_has_a_fate(tmp_path: Path, limits: Limits) -> None:
+    """It has left its device's spool by then: nobody sends it again."""
+    config = settings(tmp_path)
+    writer = LakeWriter(config, PRIMARIES, silent(), DeltaStore(config), limits=limits)
+    writer.prepare()
+    writer.assign([("records", 0)])
+    rng = random.Random(1)
+    large = [Record(NOW_US, payload=rng.randbytes(1024)) for _ in range(3)]
+    writer.add([message(0, envelope(0, 1)), message(1, envelope(1, large)), message(2, envelope(4, 1))], 0.0)
+    writer.flush()
+    (account,) = books(tmp_path).accounts
+    assert account.balanced
+    assert (account.counts[Fate.IN_LAKE], account.counts[Fate.QUARANTINED]) == (2, 3)
 
 
 def test_a_duplicate_row_shows(tmp_path: Path) -> None:

@@ -95,6 +95,13 @@ async def test_a_text_that_the_engine_refuses_is_invalid(client: Any) -> None:
     assert answers["2" * 256].error.code == Errors.CODE_INVALID
 
 
+@pytest.mark.parametrize("stream", ["x" * 129, "a b", "../up"])
+async def test_a_stream_that_is_no_name_is_refused(client: Any, stream: str) -> None:
+    answers = await ask(client, Request(request_id="1", text="t", stream=stream))
+    assert answers["1"].error.code == Errors.CODE_INVALID
+    assert "stream" in answers["1"].error.message
+
+
 async def test_a_deadline_that_passes_is_said(client: Any, engine: SmallEngine) -> None:
     engine.gate.clear()
     answers = await ask(client, Request(request_id="1", text="late", deadline_ms=20))

@@ -11,7 +11,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from central.config import CentralConfig, FeedConfig, check_feed
 from central.feed import Feed
-from protos import feed_pb2_grpc
+from protos import feed_pb2, feed_pb2_grpc
 from sluice.connections import KafkaConfig
 from sluice.errors import ConfigError
 from sluice.telemetry import Telemetry
@@ -133,3 +133,24 @@ async def test_with_mutual_tls_only_clients_with_a_certificate_are_served(
             assert await Listener(feed_pb2_grpc.FeedStub(channel)).end() is grpc.StatusCode.UNAVAILABLE
         async with stub(target) as client:
             assert await Listener(client).end() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_calls_that_are_no_subscriptions_are_bounded_too(topics: Topics, tmp_path: Path) -> None:
+    limits = {"subscribers_max": 1, "analyze_streams_max": 1, "probes_max": 2}
+    async with running_feed(topics, tmp_path, **limits) as (_, target), grpc.aio.insecure_channel(target) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        watches = []
+        for _ in range(5):
+            watches.append(watch := health.Watch(health_pb2.HealthCheckRequest()))
+            await watch.read()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await health.Check(health_pb2.HealthCheckRequest())
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        for watch in watches:
+            watch.cancel()
+
+
+async def test_a_request_above_the_limit_is_refused_before_it_is_held(topics: Topics, tmp_path: Path) -> None:
+    async with running_feed(topics, tmp_path, request_bytes_max=4096) as (_, target), stub(target) as client:
+        call = client.Subscribe(feed_pb2.SubscribeRequest(filter=feed_pb2.Filter(labels=["x" * 5000])))
+        assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -16,7 +16,7 @@ import pytest
 
 from tests.brokers.clients import eventually
 
-RUN_TIMEOUT_S = 150.0
+RUN_TIMEOUT_S = 300.0
 KEYS = {
     "records_accepted",
     "records_in_lake",
@@ -168,6 +168,21 @@ def test_ctrl_c_before_records_flow_ends_it_and_a_killed_demo_leaves_no_orphan(t
     assert started
     finish(process)  # SIGKILL
     eventually(lambda: not any(map(_is_running, started)), "no orphan", 15.0)
+
+
+def test_a_second_ctrl_c_aborts_the_drain_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    process, lines = start("--json", cwd=tmp_path)
+    try:
+        eventually(lambda: any("records flow" in line for line in lines), "records flow", RUN_TIMEOUT_S)
+        started = children(process)
+        process.send_signal(signal.SIGINT)
+        eventually(lambda: any("draining" in line for line in lines), "it drains", 10.0)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        eventually(lambda: not any(map(_is_running, started)), "no orphan", 15.0)
+        assert any("aborted" in line for line in lines)
+    finally:
+        finish(process)
 
 
 def test_a_folder_of_someone_else_is_not_emptied(tmp_path: Path) -> None:

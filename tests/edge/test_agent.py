@@ -317,3 +317,16 @@ async def test_metrics_and_readiness_tell_the_truth(mqtt_broker: MqttBroker, tmp
             assert (await asyncio.to_thread(get, "/readyz"))[0] == 200
             _, metrics = await asyncio.to_thread(get, "/metrics")
             assert "sluice_uplink_acked_records_total 2.0" in metrics
+
+
+async def test_a_source_that_is_always_ready_leaves_the_loop_to_the_others(
+    mqtt_broker: MqttBroker, tmp_path: Path
+) -> None:
+    # More than any machine makes, so the generator never waits.
+    config = config_of(mqtt_broker.port, tmp_path, sources=[{"kind": "generator", "rate_per_s": 1e9}])
+    async with GatewayDouble(mqtt_broker.port).running() as gateway:
+        life = Life(config)
+        async with life.running():
+            await until(lambda: len(gateway.batches) > 20)
+            await until(lambda: life.agent.spool.status().pending[0][0] > 0)
+        assert life.events()[-1] == "agent_drained"

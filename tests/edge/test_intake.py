@@ -146,3 +146,21 @@ def test_after_a_failure_no_later_place_is_stored(make: Any) -> None:
     assert bench.spool.cursors() == {"c": b"%d" % stored[-1]}
     with pytest.raises(Backpressure, match="stopping"):
         bench.submit(99)
+
+
+def test_an_error_that_nobody_expected_reaches_everybody_who_waits(make: Any) -> None:
+    bench = make(batch={"age_s_max": 3600.0})
+    told = threading.Event()
+    bench.intake.on_failure(told.set)
+    bench.intake.start()
+    bench.submit(0)
+    # A frame that is no bytes is a programmer's error.
+    broken = Chunk(StreamKey("y"), ["text"], 1, urgent=True)  # type: ignore[list-item]
+    errors: list[Exception | None] = []
+    bench.intake.submit(broken, errors.append)
+    bench.wait()
+    assert told.wait(TIMEOUT_S)
+    assert [type(error) for error in errors] == [TypeError]
+    assert [(number, type(error)) for number, error in bench.outcomes] == [(0, TypeError)]
+    with pytest.raises(Backpressure, match="stopping"):
+        bench.submit(1)

@@ -83,3 +83,9 @@ async def test_the_host_is_measured() -> None:
     assert 0 < memory["available_bytes"] <= memory["total_bytes"]
     disk = next(record for record in bench.records if record.labels.get("mount") == "/")
     assert disk.metrics["total_bytes"] > 0
+
+
+async def test_a_payload_in_a_line_of_json_is_base64() -> None:
+    bench = Bench()
+    await read_stdin(b'{"payload": "AP8=", "content_type": "application/octet-stream"}', bench, format="json")
+    assert (bench.records[0].payload, bench.records[0].content_type) == (b"\0\xff", "application/octet-stream")

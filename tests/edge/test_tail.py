@@ -128,7 +128,43 @@ async def test_a_file_that_vanished_is_said_to_have(tmp_path: Path) -> None:
     await catch_up(bench, tmp_path)
     assert bench.texts == ["1", "2"]
     assert "tail_gone" in [event["event"] for event in bench.events()]
-    assert len(bench.cursors) == 1
+
+
+async def test_places_of_vanished_files_are_bounded(tmp_path: Path) -> None:
+    bench = Bench()
+    for life in range(4):
+        log = tmp_path / f"{life}.log"
+        log.write_text(f"{life}\n")
+        await catch_up(bench, tmp_path, files_max=1)
+        log.rename(tmp_path / f"kept.{life}")  # its inode must not be used again
+    (tmp_path / "last.log").write_text("last\n")
+    await catch_up(bench, tmp_path, files_max=1)
+    assert bench.texts == ["0", "1", "2", "3", "last"]
+    assert len(bench.cursors) <= 3
+
+
+async def test_a_file_that_is_away_at_a_start_goes_on_where_it_was(tmp_path: Path) -> None:
+    log, elsewhere = tmp_path / "a.log", tmp_path / "away"
+    log.write_text("1\n2\n")
+    bench = Bench()
+    await catch_up(bench, tmp_path)
+    log.rename(elsewhere)
+    await catch_up(bench, tmp_path)
+    elsewhere.rename(log)
+    with log.open("a") as file:
+        file.write("3\n")
+    await catch_up(bench, tmp_path)
+    assert bench.texts == ["1", "2", "3"]
+
+
+async def test_a_file_for_which_there_is_no_room_keeps_its_place(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.log").write_text(f"{name}1\n")
+    bench = Bench()
+    await catch_up(bench, tmp_path)
+    await catch_up(bench, tmp_path, files_max=1)
+    await catch_up(bench, tmp_path)
+    assert sorted(bench.texts) == ["a1", "b1"]
 
 
 @pytest.mark.parametrize("restart", [False, True])

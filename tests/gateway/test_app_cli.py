@@ -63,6 +63,13 @@ def test_check_names_what_is_wrong(tmp_path: Path, toml: str, told: str) -> None
         invoke("--config", str(file), "--check")
 
 
+def test_a_policy_that_is_not_there_is_named_with_its_key(tmp_path: Path) -> None:
+    file = tmp_path / "gateway.toml"
+    file.write_text('site = "plant-7"\n[policy]\nfile = "gone.toml"\n')
+    with pytest.raises(ConfigError, match=r"policy\.file: gone\.toml: No such file"):
+        invoke("--config", str(file), "--check")
+
+
 def test_limits_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"inbox\.packet_bytes_max"):
         GatewayConfig(site="s", inbox=InboxConfig(packet_bytes_max=1024))

@@ -1,15 +1,20 @@
 """What devices say of themselves reaches Kafka checked, and only the newest of it."""
 # ruff: noqa: F811 - a fixture that is imported has the name of the argument that asks for it
 
+import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gateway.path_config import StatusConfig
-from gateway.status import checked, newest
+from gateway.status import StatusRelay, checked, newest
 from protos import control_pb2
 from sluice import topics
+from sluice.connections import MqttConfig
 from sluice.errors import Permanent
+from sluice.mqtt import Message
+from sluice.telemetry import Telemetry
 from tests.brokers.base import KafkaBroker, MqttBroker
 from tests.brokers.fixtures import kafka_broker, mqtt_broker  # noqa: F401
 from tests.gateway.site import SITE, Device, gateway_config, running, until
@@ -51,6 +56,16 @@ async def test_a_status_reaches_kafka_by_device(
         assert CANARY not in gateway.log.getvalue()
 
 
+async def test_a_topic_that_names_no_device_is_not_quoted() -> None:
+    log = io.StringIO()
+    writer: Any = None
+    relay = StatusRelay(StatusConfig(), MqttConfig(), "c", SITE, writer, "t", Telemetry("gateway", stream=log))
+    topic = f"sluice/v1/{SITE}/{CANARY}/status"
+    relay._receive(Message(topic, status().SerializeToString(), False, 1, 1, 0))  # the session's callback
+    assert "status_refused" in log.getvalue()
+    assert CANARY not in log.getvalue()
+
+
 def test_known_fields_pass_and_unknown_ones_do_not() -> None:
     payload = status().SerializeToString() + b"\xfa\x01" + bytes([len(CANARY)]) + CANARY.encode()
     told = checked(payload, TOPIC, StatusConfig(), 7)
@@ -77,6 +92,17 @@ def test_a_status_that_breaks_a_rule_is_refused(fields: dict[str, object]) -> No
 
 
 def test_a_last_will_takes_the_device_offline_but_not_back_in_time() -> None:
-    newer, will = status(status_time_us=9), status(status_time_us=2, next_sequence=50, online=False)
-    assert newest(newer, will) == status(status_time_us=9, online=False)
+    newer, will = status(spool_records=3), status(spool_records=9, online=False)
+    assert newest(newer, will) == status(spool_records=3, online=False)
+    newer = status(spool_records=3)
     assert newest(will, newer) is newer
+
+
+def test_the_devices_clock_does_not_decide_which_status_is_newest() -> None:
+    ahead, now = status(status_time_us=10**15), status(status_time_us=7, next_sequence=90)
+    assert newest(ahead, now) is now
+
+
+def test_another_spool_of_the_device_speaks_for_itself() -> None:
+    old, new = status(), status(spool_id=bytes(16), next_sequence=1, spool_ranges=[])
+    assert newest(old, new) is new

@@ -2,15 +2,27 @@
 # ruff: noqa: F811 - a fixture that is imported has the name of the argument that asks for it
 
 import asyncio
+import gc
+import io
 import random
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gateway.batches import Verdict
-from gateway.path_config import InboxConfig, RoutingConfig
+from gateway.inbox import Inbox
+from gateway.path_config import InboxConfig, RoutingConfig, StatusConfig
+from gateway.quarantine import Refusal
+from gateway.ring import Slot
+from gateway.status import StatusRelay
+from protos import control_pb2
+from sluice.codec import Limits
+from sluice.connections import MqttConfig
+from sluice.mqtt import Message
 from sluice.record import Record, RecordBatch
+from sluice.telemetry import Telemetry
 from tests.brokers.base import KafkaBroker, MqttBroker
 from tests.brokers.clients import MqttClient
 from tests.brokers.fixtures import kafka_broker, mqtt_broker, mqtt_proxy  # noqa: F401
@@ -123,3 +135,36 @@ async def test_a_connection_that_breaks_voids_its_acknowledgements_only(
         await device.settled(MANY[1])
         assert len(await gateway.exported()) == 2
         assert gateway.path.inbox.held == 0
+
+
+def message(number: int, qos: int) -> Message:
+    return Message(f"sluice/v1/{SITE}/device-{number}/up", bytes(1 << 16), False, number + 1, qos, 0)
+
+
+async def test_messages_without_a_puback_cannot_pile_up() -> None:
+    """Nothing slows down who sends with QoS 0: what there is no room for is forgotten, not noted."""
+    telemetry = Telemetry("gateway", stream=io.StringIO())
+    config = InboxConfig(window_messages_max=1, held_messages_max=2, held_bytes_max=1 << 16)
+
+    async def refuse(_refusal: Refusal) -> None: ...
+
+    inbox = Inbox(config, MqttConfig(), Limits(), SITE, telemetry, refuse)
+    gc.collect()
+    for number in range(500):
+        inbox._receive(message(number, qos=0))  # the session's callback
+    assert inbox.held == 1
+    assert sum(isinstance(o, Slot) for o in gc.get_objects()) <= 1
+    assert telemetry.registry.get_sample_value("sluice_inbox_shed_messages_total") == 499
+
+
+async def test_status_messages_without_a_puback_cannot_pile_up_behind_one_that_waits() -> None:
+    telemetry = Telemetry("gateway", stream=io.StringIO())
+    writer: Any = None
+    relay = StatusRelay(StatusConfig(), MqttConfig(), "c", SITE, writer, "t", telemetry)
+    gc.collect()
+    status = control_pb2.Status(site=SITE, spool_id=bytes(16))
+    for number in range(300):
+        status.device_id = f"device-{number > 0}"
+        topic = f"sluice/v1/{SITE}/{status.device_id}/status"
+        relay._receive(Message(topic, status.SerializeToString(), False, 1, int(number == 0), 0))  # as above
+    assert sum(isinstance(o, Slot) for o in gc.get_objects()) <= 2

@@ -68,7 +68,6 @@ CASES = {
     "bomb": Case("decompressed_bytes", True, lambda device: altered(device, BOMB, ZSTD)),
     "not-zstd": Case("compression", True, lambda device: altered(device, CANARY.encode(), ZSTD)),
     "too-many-records": Case("record_count", True, lambda device: altered(device, TOO_MANY)),
-    "count-above-limit": Case("header", False, lambda device: altered(device, record_count=60_000)),
     "bad-stream": Case("header", False, lambda device: altered(device, stream=f"{CANARY} has spaces")),
     "many-keys": Case("keys_per_map", True, lambda device: two(device, MANY_KEYS, Record(1))),
     "long-text": Case("text_bytes", True, lambda device: two(device, LONG, Record(1), compression=Compression.ZSTD)),
@@ -113,6 +112,22 @@ async def test_bad_input_is_kept_on_the_site_and_declared_without_its_content(
                 assert exported[name].gaps == (Gap(0, 2, GapReason.QUARANTINED),), name
         assert CANARY.encode() not in await gateway.bytes_outside()
         assert CANARY not in gateway.log.getvalue()
+
+
+async def test_more_positions_than_the_limit_are_settled_as_quarantined(
+    mqtt_broker: MqttBroker, kafka_broker: KafkaBroker, tmp_path: Path
+) -> None:
+    """A device whose limit is higher than ours must not send the same envelope for ever."""
+    limits = small_limits(records_per_batch_max=3)
+    config = gateway_config(mqtt_broker.port, kafka_broker.bootstrap, tmp_path, limits=limits)
+    large = batch_of(*texts(CANARY, "b", "c", "d", "e"), site=SITE)
+    async with running(config) as gateway, Device(mqtt_broker.port) as device:
+        await device.send(large)
+        await device.settled(large)
+        (message,) = await gateway.kafka(config.kafka.records_topic)
+        assert codec.decode(message.value(), codec.Limits()).gaps == (Gap(0, 5, GapReason.QUARANTINED),)
+        assert [(n.reason, n.record_count) for n in await gateway.notices()] == [("record_count", 5)]
+        assert len(gateway.quarantine) == 1
 
 
 async def test_originals_are_readable_by_us_alone(

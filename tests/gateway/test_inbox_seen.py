@@ -1,5 +1,6 @@
 """Resends are recognised, nothing is called settled that is not, and memory is bounded."""
 
+import sys
 from dataclasses import replace
 
 from hypothesis import given
@@ -122,3 +123,13 @@ class SeenMachine(RuleBasedStateMachine):
 
 
 TestSeenMachine = SeenMachine.TestCase
+
+
+def test_an_envelope_of_very_many_gaps_is_remembered_in_few_bytes() -> None:
+    gaps = tuple(Gap(2 * i, 1, GapReason.EXPIRED) for i in range(10_000))
+    seen = memory()
+    before = sys.getrefcount(gaps)
+    assert seen.admit(envelope(0, 20_000, gaps=gaps), b"x") is Arrival.NEW
+    assert sys.getrefcount(gaps) == before, "the gaps themselves must not be kept"
+    assert seen.admit(envelope(0, 20_000, gaps=gaps), b"y") is Arrival.REUSED
+    assert seen.admit(envelope(0, 20_000, gaps=gaps[:-1]), b"y") is Arrival.IN_FLIGHT

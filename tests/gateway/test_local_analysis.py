@@ -233,7 +233,8 @@ async def test_a_damaged_sealed_file_does_not_stop_analysis(tmp_path: Path) -> N
 
 async def test_no_event_quotes_a_sealed_text(tmp_path: Path) -> None:
     analyser, upstream = Analyser(), Upstream()
-    analyser.error = RuntimeError("bug")
+    # Libraries quote what they choke on.
+    analyser.error = ValueError("could not convert 'call bob@example.com 0'")
     here = site(tmp_path, analyser, upstream)
     await here.store.write(local_batch(0, 2))
     await until(lambda: "sealed_follow_retried" in here.log.events(), "a failure")

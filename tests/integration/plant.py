@@ -99,7 +99,9 @@ class LineWriter:
 class Plant:
     """The pipeline and its load; use in a `with` block."""
 
-    def __init__(self, root: Path, mqtt: MqttBroker, kafka: KafkaBroker, *, seed: int) -> None:
+    def __init__(
+        self, root: Path, mqtt: MqttBroker, kafka: KafkaBroker, *, seed: int, policy_file: Path | None = None
+    ) -> None:
         (root / "input").mkdir(parents=True)
         self.lines = LineWriter(root / "input" / "app.log", LINES_PER_S, seed=seed)
         self.notes = LineWriter(root / "input" / "notes.log", NOTES_PER_S)
@@ -108,7 +110,9 @@ class Plant:
             {"kind": "tail", "stream": "logs", "paths": [str(self.lines.path)], "sensitivity": "internal"},
             {"kind": "tail", "stream": "notes", "paths": [str(self.notes.path)], "sensitivity": "public"},
         ]
-        self.pipeline = Pipeline(root / "run", sources, mqtt_port=mqtt.port, kafka_port=kafka.port, overrides=OVERRIDES)
+        policy = {"policy": {"file": str(policy_file)}} if policy_file else {}
+        overrides = {**OVERRIDES, GATEWAY: {**OVERRIDES[GATEWAY], **policy}}
+        self.pipeline = Pipeline(root / "run", sources, mqtt_port=mqtt.port, kafka_port=kafka.port, overrides=overrides)
         self.lake = LakeView(self.pipeline.folders.lake)
 
     def __enter__(self) -> Self:

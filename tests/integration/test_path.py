@@ -7,6 +7,7 @@ import pytest
 
 from tests.brokers.base import Broker
 from tests.brokers.clients import eventually
+from tests.brokers.embedded import EmbeddedKafka, EmbeddedMqtt
 from tests.integration.conftest import Brokers
 from tests.integration.plant import Plant
 
@@ -54,3 +55,32 @@ def test_an_mqtt_broker_that_forgets_everything_costs_nothing(real_brokers: Brok
         flow(plant, 1000)
         plant.drain()
         plant.check()
+
+
+POLICY_WITH_A_HOLE = """
+[[rules]]
+name = "a mistake"
+stream = "logs"
+outcome = "cloud"
+"""
+
+
+def test_a_policy_that_lets_personal_data_out_is_noticed(tmp_path: Path) -> None:
+    # Else an empty search in the tests above would show nothing.
+    policy = tmp_path / "policy.toml"
+    policy.write_text(POLICY_WITH_A_HOLE)
+    for name in ("mqtt", "kafka"):
+        (tmp_path / name).mkdir()
+    with (
+        EmbeddedMqtt(tmp_path / "mqtt") as mqtt,
+        EmbeddedKafka(tmp_path / "kafka") as kafka,
+        Plant(tmp_path / "plant", mqtt, kafka, seed=4, policy_file=policy) as plant,
+    ):
+        flow(plant, 1000)
+        plant.lines.stop()
+        lines = len(plant.lines.harmless) + len(plant.lines.personal)
+        eventually(lambda: plant.lake.rows("records", "stream = 'logs'") == lines, "all lines in the lake", 60.0)
+        evidence = plant.search()
+    assert len(evidence.leaked) == len(plant.lines.canaries) > 0
+    assert "kafka: sluice.records/" in evidence.leaked[0]
+    assert "lake: records/" in evidence.leaked[0]

@@ -162,6 +162,13 @@ def test_a_wrong_value_is_named_by_its_key(tmp_path: Path, text: str, environ: d
     assert f"key '{key}': " in mistake(tmp_path, text, environ)
 
 
+def test_a_word_that_is_not_one_of_those_known_gets_the_list(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"part\.toml: key 'level': 'hihg' is not one of 'high', 'low'"):
+        read(tmp_path, 'level = "hihg"')
+    with pytest.raises(ConfigError, match=r"SLUICE_LEVEL: key 'level': '7' is not one of 'high', 'low'"):
+        read(tmp_path, environ={"SLUICE_LEVEL": "7"})
+
+
 def test_a_variable_that_is_not_toml_is_named(tmp_path: Path) -> None:
     assert "SLUICE_SOURCES: not a valid TOML value" in mistake(tmp_path, "", {"SLUICE_SOURCES": "[oops"})
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from sluice.doctor import Finding, Verdict, check_config, check_disk, check_extras, check_port, doctor, examine, part_of
+from sluice.doctor import check_config, doctor, examine, part_of
+from sluice.doctor_machine import Finding, Verdict, check_disk, check_extras, check_port
 from tests.brokers.base import KafkaBroker, MqttBroker
 from tests.brokers.fixtures import kafka_broker, mqtt_broker  # noqa: F401
 

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from sluice.service import serve
+from sluice.service import serve, until_one_ends
 from sluice.telemetry import Telemetry
 
 
@@ -155,3 +155,20 @@ async def test_a_failing_readiness_hook_leaves_no_task_behind(telemetry: Telemet
     with pytest.raises(OSError, match="ready file"):
         await serve([Part("a", [])], telemetry, drain_deadline_s=5, on_ready=fail)
     assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_part_that_dies_does_not_leave_its_service_looking_alive() -> None:
+    cancelled = asyncio.Event()
+
+    async def lasting() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    async def dying() -> None:
+        raise ValueError("died")
+
+    with pytest.raises(ValueError, match="died"):
+        await until_one_ends(lasting(), dying())
+    assert cancelled.is_set()

@@ -1,11 +1,13 @@
 """One event is one log line and one metric; the probes answer, whatever happens."""
 
+import contextlib
 import errno
 import io
 import json
 import re
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ import pytest
 
 from sluice.connections import TelemetryConfig
 from sluice.errors import ConfigError
-from sluice.telemetry import Event, Telemetry
+from sluice.telemetry import OTHER, Event, Telemetry
 
 LOST = Event(name="batch_lost", unit="batches", help="Batches lost.", labels=("stream",), level="warning")
 QUIET = Event(name="batch_seen", unit="batches", help="Batches seen.", level="debug")
@@ -168,3 +170,32 @@ def test_a_closed_port_is_free_again_and_close_may_be_called_twice(telemetry: Te
     again = Telemetry("edge", TelemetryConfig(port=port), stream=io.StringIO())
     assert again.listen() == port
     again.close()
+
+
+def test_names_that_devices_choose_cannot_grow_a_metric_without_bound() -> None:
+    telemetry = Telemetry("edge", TelemetryConfig(series_max=3), stream=io.StringIO())
+    for i in range(50):
+        telemetry.emit(LOST, stream=f"stream-{i}")
+    telemetry.emit(LOST, stream="stream-0")
+    (metric,) = telemetry.registry.collect()
+    counts = {s.labels["stream"]: s.value for s in metric.samples if s.name.endswith("_total")}
+    assert counts == {"stream-0": 2, "stream-1": 1, "stream-2": 1, OTHER: 47}
+
+
+def test_connections_beyond_the_limit_are_hung_up_on_and_free_their_place_when_they_end() -> None:
+    telemetry = Telemetry("edge", TelemetryConfig(port=0, connections_max=2), stream=io.StringIO())
+    port = telemetry.listen()
+    assert port is not None
+    silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as third:
+        assert third.recv(1) == b""
+    for connection in silent:
+        connection.close()
+    deadline_s = time.monotonic() + 5
+    while time.monotonic() < deadline_s:
+        with contextlib.suppress(urllib.error.URLError, ConnectionError):
+            assert get(port, "/healthz")[0] == 200
+            break
+    else:
+        pytest.fail("no place became free")
+    telemetry.close()
