@@ -63,8 +63,8 @@ class BridgeConfig(Section, frozen=True, kw_only=True):
 class StatusConfig(Section, frozen=True, kw_only=True):
     """Limits of status messages."""
 
-    bytes_max: Annotated[int, Meta(ge=64, description="Size of a status message.")] = 256 * 1024
-    ranges_max: Annotated[int, Meta(ge=1, description="Runs of waiting positions in it.")] = 10_000
+    bytes_max: Annotated[int, Meta(ge=64, description="Size of a status message.")] = 32 * 1024
+    ranges_max: Annotated[int, Meta(ge=1, description="Runs of waiting positions in it.")] = 1024
     devices_max: Annotated[int, Meta(ge=1, description="Devices whose status waits for Kafka.")] = 10_000
 
 

@@ -7,8 +7,9 @@ to Kafka is the notice: identity, size and the reason's name. Not the reason's t
 When the envelope's claim can be trusted (it names the device whose topic it came on) its positions are declared in a
 receipt, so that the ledger closes and the device's spool can go on.
 
-Bounded by bytes and files. When it is full, the original is *not* kept; that is an event, and the notice says so
-(`original_bytes` without a file). Oldest files are never overwritten: they may be the ones that somebody looks for.
+Bounded by bytes and files. When it is full, the original is *not* kept: that is an event, and the receipt declares the
+positions dropped instead of quarantined, since that is the truth. Oldest files are never overwritten: they may be the
+ones that somebody looks for.
 The same bytes are kept and announced once.
 """
 
@@ -17,7 +18,7 @@ import contextlib
 import hashlib
 import os
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -26,7 +27,7 @@ from gateway.path_config import QuarantineConfig
 from protos import record_pb2
 from sluice.codec import RejectReason
 from sluice.errors import ConfigError
-from sluice.record import GapReason, RecordBatch
+from sluice.record import GapReason, RecordBatch, merge_gaps
 from sluice.telemetry import Event, Telemetry
 
 QUARANTINED = Event(
@@ -160,7 +161,7 @@ class Quarantine:
         self._topic = topic
         self._receipts = receipts
         self._telemetry = telemetry
-        self._known: OrderedDict[str, None] = OrderedDict()
+        self._known: OrderedDict[str, bool] = OrderedDict()
         self._announcing: dict[str, asyncio.Event] = {}
         self._writing = asyncio.Lock()
 
@@ -175,26 +176,29 @@ class Quarantine:
         ).hexdigest()
         while (announcing := self._announcing.get(digest)) is not None:
             await announcing.wait()
-        if digest not in self._known:
-            await self._announce(digest, refusal)
-            self._remember(digest)
+        kept = self._known.get(digest)
+        if kept is None:
+            kept = await self._announce(digest, refusal)
+            self._remember(digest, kept)
         if refusal.claim is not None:
-            await self._receipts.write(ExportBatch.receipt(refusal.claim, GapReason.QUARANTINED))
+            claim = refusal.claim if kept else _as_dropped(refusal.claim)
+            await self._receipts.write(ExportBatch.receipt(claim, GapReason.QUARANTINED))
 
-    def _remember(self, digest: str) -> None:
-        self._known[digest] = None
+    def _remember(self, digest: str, kept: bool) -> None:
+        self._known[digest] = kept
         if len(self._known) > self._remembered_max:
             self._known.popitem(last=False)
 
-    async def _announce(self, digest: str, refusal: Refusal) -> None:
+    async def _announce(self, digest: str, refusal: Refusal) -> bool:
         done = self._announcing[digest] = asyncio.Event()
         try:
-            await self._keep_and_tell(digest, refusal)
+            return await self._keep_and_tell(digest, refusal)
         finally:
             del self._announcing[digest]
             done.set()
 
-    async def _keep_and_tell(self, digest: str, refusal: Refusal) -> None:
+    async def _keep_and_tell(self, digest: str, refusal: Refusal) -> bool:
+        """Returns whether the original is on disk."""
         reason = refusal.reason.value
         original = notice(refusal)
         original.original = refusal.payload
@@ -206,6 +210,14 @@ class Quarantine:
         self._telemetry.emit(QUARANTINED, reason=reason, device=refusal.device_id, file=digest if kept else "")
         headers: dict[str, str | bytes] = {"site": refusal.site, "device": refusal.device_id, "reason": reason}
         await self._notices.write(self._topic, refusal.device_id, notice(refusal).SerializeToString(), headers)
+        return kept
+
+
+def _as_dropped(claim: RecordBatch) -> RecordBatch:
+    """The claim of an envelope of which nothing was kept."""
+    lost = {GapReason.QUARANTINED: GapReason.DROPPED}
+    gaps = (replace(gap, reason=lost.get(gap.reason, gap.reason)) for gap in claim.gaps)
+    return replace(claim, gaps=merge_gaps(gaps))
 
 
 def notice(refusal: Refusal) -> record_pb2.Quarantined:

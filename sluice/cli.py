@@ -36,6 +36,18 @@ EXTRA_OF: Final = {
 }
 
 
+# What these commands need comes with one extra, whichever of its modules is missing.
+PART_OF: Final = {
+    "gateway": "gateway",
+    "policy": "gateway",
+    "scan": "gateway",
+    "sealed": "gateway",
+    "central": "central",
+    "lake": "central",
+    "ledger": "central",
+}
+
+
 class _Commands(click.Group):
     """A group whose commands are loaded when they are asked for."""
 
@@ -51,7 +63,7 @@ def _load(entry: EntryPoint) -> click.Command:
     try:
         command = entry.load()
     except ModuleNotFoundError as error:
-        missing = translate_missing_module(error)
+        missing = translate_missing_module(error, entry.name)
         if missing is None:
             raise
         return _unavailable(entry.name, missing)
@@ -69,10 +81,12 @@ def _unavailable(name: str, missing: MissingExtra) -> click.Command:
     return click.Command(name, callback=fail, help=str(missing), context_settings=context)
 
 
-def translate_missing_module(error: ModuleNotFoundError) -> MissingExtra | None:
-    """The extra that brings the missing module, or None when it is not one of ours."""
+def translate_missing_module(error: ModuleNotFoundError, command: str = "") -> MissingExtra | None:
+    """The extra that brings the missing module (to `command`, if several do), or None when it is not one of ours."""
     module = (error.name or "").partition(".")[0]
-    return MissingExtra(EXTRA_OF[module], module) if module in EXTRA_OF else None
+    if module not in EXTRA_OF:
+        return None
+    return MissingExtra(PART_OF.get(command, EXTRA_OF[module]), module)
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -89,7 +103,7 @@ def main() -> None:
     try:
         sluice(standalone_mode=True)
     except ModuleNotFoundError as error:
-        missing = translate_missing_module(error)
+        missing = translate_missing_module(error, next(iter(sys.argv[1:]), ""))
         if missing is None:
             raise
         _fail(missing)

@@ -170,6 +170,9 @@ async def test_a_full_quarantine_still_declares_and_says_that_it_keeps_nothing(
         assert len(gateway.quarantine) == 1
         assert gateway.events("quarantine_not_kept") == 1
         assert {n.reason for n in await gateway.notices()} == {"undecodable", "checksum"}
+        (receipt,) = await gateway.exported()
+        # Nothing is in quarantine, so nothing may be called so.
+        assert {gap.reason for gap in receipt.gaps} == {GapReason.DROPPED}
 
 
 async def test_a_cloned_device_is_noticed_and_its_records_are_not_mixed_in(

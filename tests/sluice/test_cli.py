@@ -101,6 +101,9 @@ def test_a_missing_module_of_our_own_is_a_bug_and_not_a_missing_extra() -> None:
     found = cli.translate_missing_module(ModuleNotFoundError(name="grpc.aio"))
     assert isinstance(found, MissingExtra)
     assert found.extra == "client"
+    asked = cli.translate_missing_module(ModuleNotFoundError(name="pyarrow"), "gateway")
+    assert asked is not None
+    assert asked.extra == "gateway"
 
 
 def test_every_extra_that_a_message_names_is_declared() -> None:
