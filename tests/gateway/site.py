@@ -116,12 +116,14 @@ class Device:
         await until(lambda: self.has_ack(batch), f"acknowledgement of [{first}, {stop}) of {self.name}")
 
     async def deliver(self, batches: Sequence[RecordBatch]) -> None:
-        """Sends as an agent does: again and again, until all is acknowledged."""
-        async with asyncio.timeout(2 * WAIT_S):
+        """Sends as an agent does: again and again, less and less often, until all is acknowledged."""
+        pause_s = 0.2
+        async with asyncio.timeout(3 * WAIT_S):
             while waiting := [batch for batch in batches if not self.has_ack(batch)]:
                 for batch in waiting:
                     await self.send(batch)
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(pause_s)
+                pause_s *= 1.5
 
     def has_ack(self, batch: RecordBatch) -> bool:
         known = self.acked.get(batch.spool_id)
