@@ -26,12 +26,13 @@ $(INSTALLED): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python found; set PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "make: $(PYTHON) is older than 3.11; set PYTHON=/path/to/python3.11" >&2; exit 1; }
-	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@echo "make: installing into $(VENV); torch is large, so this takes some minutes the first time" >&2
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
 demo: $(READY) ## The whole path on this machine, on real input; SECONDS=30 ends it by itself.
-	$(BIN)/sluice demo $(if $(SECONDS),--seconds $(SECONDS)) $(ARGS)
+	@$(BIN)/sluice demo $(if $(SECONDS),--seconds $(SECONDS)) $(ARGS)
 
 test: $(READY) ## The fast tests, with the brokers that pip installs.
 	$(BIN)/python -m pytest -n auto $(ARGS)

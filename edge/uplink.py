@@ -79,6 +79,7 @@ class Uplink:
         self._window = Window(config.uplink.limits())
         self._wake = asyncio.Event()
         self._drained = asyncio.Event()
+        self._status_turn = asyncio.Lock()
         self._stopping = False
         self._acks: list[control_pb2.Ack] = []
         self._sends: set[asyncio.Task[None]] = set()
@@ -292,8 +293,12 @@ class Uplink:
             await asyncio.sleep(self._config.uplink.status_interval_s)
 
     async def _publish_status(self, *, online: bool) -> None:
-        status = self._last_status = await self._on_disk(lambda: self._status(online=online))
-        await self._session.publish(self._topic(topics.STATUS), status.SerializeToString(), retain=True)
+        """One at a time, and nothing after the goodbye: the last word is retained and closes the books."""
+        async with self._status_turn:
+            if online and self._stopping:
+                return
+            status = self._last_status = await self._on_disk(lambda: self._status(online=online))
+            await self._session.publish(self._topic(topics.STATUS), status.SerializeToString(), retain=True)
 
     def _status(self, *, online: bool) -> control_pb2.Status:
         config = self._config

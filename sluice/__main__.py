@@ -1,6 +1,6 @@
 """`python -m sluice`: the `sluice` command of this interpreter, wherever its scripts are installed."""
 
-from sluice.cli import main
+from sluice.cli import console
 
 if __name__ == "__main__":
-    main()
+    console()

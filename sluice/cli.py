@@ -3,6 +3,8 @@
 Each part registers its own, so the kernel imports no deployable, and a missing extra is one clear line.
 """
 
+import contextlib
+import os
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final
@@ -109,6 +111,26 @@ def main() -> None:
         _fail(missing)
     except SluiceError as error:
         _fail(error)
+
+
+def console() -> None:
+    """`main`, and then the end of the process at once: the console script.
+
+    When `main` returns, everything is drained, flushed and closed. What the interpreter would still do takes seconds
+    where torch is loaded, and may abort where a native library's threads outlive its globals (seen once with pyarrow
+    on a busy machine: a command that had done its work ended with SIGABRT).
+    """
+    status = 0
+    try:
+        main()
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if isinstance(ended.code, str):
+            click.echo(ended.code, err=True)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed by whoever read it
+            stream.flush()
+    os._exit(status)
 
 
 def _fail(error: SluiceError) -> None:

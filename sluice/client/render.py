@@ -53,7 +53,8 @@ def as_dict(item: Item | Answer) -> dict[str, Any]:
 
 def pretty_line(item: Item) -> str:
     """The item as one line for people, with ANSI colours (`click.echo` strips them where there is no terminal)."""
-    time_us = item.record.event_time_us if isinstance(item, RecordItem) else item.event_time_us
+    # A result of a record that stayed on its site says when it was made: the record's own time stays there too.
+    time_us = item.record.event_time_us if isinstance(item, RecordItem) else item.event_time_us or item.created_time_us
     place = printable(f"{item.site}/{item.device_id}")
     head = f"{click.style(clock_time(time_us), dim=True)}  {place}  {click.style(printable(item.stream), bold=True)}"
     if isinstance(item, RecordItem):

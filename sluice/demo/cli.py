@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -66,14 +67,14 @@ def demo(  # noqa: PLR0917 - click passes each option
 
     on_terminal = sys.stdout.isatty() if live is None else live
     kept = keep or folder is not None
-    with stopping_on_signals() as stop, working_folder(folder, keep=kept) as work:
+    with stopping_on_signals() as stop, working_folder(folder, keep=kept) as work, feed_port() as port:
         options = Options(
             root=work.path,
             seconds=seconds,
             tail=tail,
             backlog_bytes=backlog_kib * 1024,
             drain_seconds=drain_seconds,
-            feed_port=_feed_port(),
+            feed_port=port,
             seed=time.time_ns() if seed is None else seed,
         )
         try:
@@ -98,15 +99,23 @@ def _say(line: str) -> None:
     click.echo(f"sluice demo: {line}", err=True)
 
 
-def _feed_port() -> int:
-    """The port that `sluice tail` looks at, when it is free; else any."""
-    from sluice.demo.loopback import claim_port
+@contextmanager
+def feed_port() -> Iterator[int]:
+    """The port that `sluice tail` looks at, when it is free; else 0, for any.
 
-    try:
-        return claim_port(FEED_PORT, "feed")
-    except ConfigError as error:
-        _say(f"{error}; taking another one")
-        return 0
+    Central binds it some seconds later; until then, and until the end, the UDP port of that number keeps other demos
+    from choosing it too.
+    """
+    from sluice.demo.loopback import HOST, claim_port
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as reservation:
+        try:
+            reservation.bind((HOST, FEED_PORT))
+            port = claim_port(FEED_PORT, "feed")
+        except (OSError, ConfigError):
+            _say(f"port {FEED_PORT} is taken: the feed gets another one")
+            port = 0
+        yield port
 
 
 @contextmanager
@@ -144,8 +153,8 @@ class WorkingFolder:
 
     @property
     def stays(self) -> bool:
-        """Whether it is still there after the run."""
-        return self._keep or self.failed
+        """Whether it is still there after the run: one that failed before it wrote anything is not."""
+        return self._keep or (self.failed and any(self.path.iterdir()))
 
 
 @contextmanager
@@ -162,7 +171,7 @@ def working_folder(folder: Path | None, *, keep: bool) -> Iterator[WorkingFolder
     finally:
         if not work.stays:
             shutil.rmtree(path, ignore_errors=True)
-        elif work.failed:
+        elif work.failed and any(path.iterdir()):
             _say(f"look into {path}: logs are in {path / 'logs'}")
 
 

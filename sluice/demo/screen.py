@@ -45,7 +45,7 @@ class Screen:
 
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
-        self._live = Live(console=Console(stderr=False), auto_refresh=False, transient=False) if enabled else None
+        self._live = Live(console=Console(stderr=False), auto_refresh=False, transient=True) if enabled else None
 
     def __enter__(self) -> Self:
         if self._live:

@@ -109,7 +109,7 @@ def what_next(root: Path, *, kept: bool) -> str:
     lake = root / "lake"
     if not kept:
         return (
-            "The files of this run are gone. To keep them, and to go on with what is below: sluice demo --keep\n"
+            "The files of this run are gone; --keep keeps them, and says what to do with them.\n"
             "While a demo runs, in another terminal: sluice tail --kinds results"
         )
     table = f"{lake}/records/**/*.parquet"
@@ -120,7 +120,6 @@ def what_next(root: Path, *, kept: bool) -> str:
             f"  sluice ledger --lake {lake}",
             f"  python -c '{query}'",
             f"  sluice sealed query --config {root / 'gateway.toml'} --limit 5   # what stayed on the site",
-            f"  sluice doctor --config {root / 'central.toml'}",
             "While a demo runs, in another terminal: sluice tail --kinds results",
         ]
     )

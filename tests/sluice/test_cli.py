@@ -1,6 +1,7 @@
 """The command finds its parts, and what is missing is one line that says what to install."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
@@ -118,3 +119,10 @@ def test_the_command_loads_nothing_heavy(python: Callable[[str], str]) -> None:
     loaded = json.loads(python("import json, sys, sluice.cli; print(json.dumps(sorted(sys.modules)))"))
     heavy = {"torch", "transformers", "numpy", "pyarrow", "confluent_kafka", "grpc", "deltalake", "duckdb", "hyperscan"}
     assert not heavy & set(loaded)
+
+
+def test_the_console_script_ends_with_the_status_and_with_all_that_was_printed() -> None:
+    for arguments, status in ((["--version"], 0), (["scna"], 2)):
+        done = subprocess.run([sys.executable, "-m", "sluice", *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == status
+        assert done.stdout or done.stderr
