@@ -35,7 +35,7 @@ demo: $(READY) ## The whole path on this machine, on real input; SECONDS=30 ends
 	@$(BIN)/sluice demo $(if $(SECONDS),--seconds $(SECONDS)) $(ARGS)
 
 test: $(READY) ## The fast tests, with the brokers that pip installs.
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-integration: $(READY) ## The tests on Mosquitto and Apache Kafka, which are fetched when missing.
 	deploy/ci/install-brokers

@@ -44,9 +44,12 @@ class Loaded:
 
     @property
     def version(self) -> str:
-        """Model and whatever else changes its output: 12 digits, precision, longest input."""
-        info = self.backend.info
-        return f"{self.card.version}-{info.precision}-{info.length_max}"
+        """The model's content (12 digits) and its longest input: what decides which result a text gets.
+
+        Not the precision: `auto` measures it, so it may differ from one start to the next, and a record that is
+        analysed again must not look like a new result to the lake. Precisions agree within the tested tolerance.
+        """
+        return f"{self.card.version}-{self.backend.info.length_max}"
 
 
 def load(config: EngineConfig) -> Loaded:

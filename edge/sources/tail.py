@@ -65,6 +65,7 @@ class TailSource:
         self._files: dict[Key, _Followed] = {}
         self._reported: set[str] = set()
         self._missing: dict[Key, None] = {}
+        self._skipped: set[Key] = set()
         self._forgotten: list[Key] = []
         self._places = dict(self._stored_places())
         self._at_first_start = not self._places
@@ -155,6 +156,7 @@ class TailSource:
         self._missing.pop(key, None)
         if place is None and self._at_first_start:
             self._skip(file)
+            self._skipped.add(file.key)
         self._files[file.key] = _Followed(file, now_s if orphan else None)
         self._context.telemetry.emit(OPENED, file=str(path), offset=file.place.offset, source=self.name)
 
@@ -201,7 +203,9 @@ class TailSource:
         lines = file.read(_CHUNK_BYTES, final=self._is_final(followed, now_s))
         cursors: dict[str, bytes | None] = {self._cursor(gone): None for gone in self._forgotten}
         self._forgotten.clear()
-        if lines:
+        if lines or key in self._skipped:
+            # A place that was skipped to is stored without a line too: a restart must not begin before it.
+            self._skipped.discard(key)
             cursors[self._cursor(key)] = msgspec.json.encode(file.place)
         elif self._is_finished(followed, now_s):
             cursors[self._cursor(key)] = None

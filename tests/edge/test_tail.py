@@ -215,6 +215,20 @@ async def test_it_may_begin_at_the_end(tmp_path: Path) -> None:
     assert sorted(bench.texts) == ["b", "half", "new"]
 
 
+async def test_what_was_skipped_stays_skipped_after_a_restart(tmp_path: Path) -> None:
+    for name in ("busy", "quiet"):
+        (tmp_path / f"{name}.log").write_text(f"old {name}\n")
+    bench = Bench()
+    source = tail(bench, tmp_path, start_at="end")
+    task = asyncio.create_task(bench.run(source, lambda: bench.records))
+    await idle(bench, source)
+    with (tmp_path / "busy.log").open("a") as file:
+        file.write("new\n")
+    await task
+    await catch_up(bench, tmp_path, start_at="end")
+    assert bench.texts == ["new"]
+
+
 async def test_what_does_not_decode_is_visible(tmp_path: Path) -> None:
     (tmp_path / "a.log").write_bytes(b"a\xffb\n\xe4\n")
     bench = Bench()

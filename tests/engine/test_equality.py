@@ -96,7 +96,8 @@ async def test_half_precision_stays_within_its_stated_tolerance(
 ) -> None:
     engine: Engine = await open_engine(config(precision=precision))
     assert least_cosine(vectors(await engine.analyze(TEXTS, task="embed")), expected) > HALF
-    assert precision in engine.model_version
+    # A measured choice: a text that is analysed again after a restart must not look like a new result.
+    assert precision not in engine.model_version
 
 
 async def test_split_after_out_of_memory_changes_no_output(
