@@ -37,6 +37,16 @@ class ProcessFailed(Permanent):
     """A child ended when it should not have, or was not ready in time. Its text holds the end of the log."""
 
 
+def ending(status: int | None) -> str:
+    """How a process ended, in words: `ended with status 2`, `was killed by SIGKILL`."""
+    if status is None or status >= 0:
+        return f"ended with status {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was killed by signal {-status}"
+
+
 class ManagedProcess:
     """One child. Made by `Supervisor.spawn`; all methods may be called from any thread."""
 
@@ -102,7 +112,7 @@ class ManagedProcess:
         pause = threading.Event()
         while not self.ready():
             if not self.alive:
-                raise self.failure(f"ended with status {self.returncode} before it was ready")
+                raise self.failure(f"{ending(self.returncode)} before it was ready")
             if time.monotonic() > deadline:
                 raise self.failure(f"was not ready after {timeout_s:g} s")
             pause.wait(_POLL_S)
@@ -148,7 +158,10 @@ class ManagedProcess:
         """An error that says what happened, with the end of the log."""
         if not self.alive:
             self._finish()
-        return ProcessFailed(f"{self.name} {what}; the end of {self.log_path}:\n{self.log_tail()}")
+        # What happened comes last, too: the log may fill the screen.
+        return ProcessFailed(
+            f"{self.name} {what}; the end of {self.log_path}:\n{self.log_tail()}\nsluice: {self.name} {what}"
+        )
 
     def _finish(self) -> None:
         # A grandchild that outlived it may hold the pipe open: its output is not worth waiting for.

@@ -24,7 +24,7 @@ from sluice.demo.feeder import Feeder
 from sluice.demo.lake_view import RECORDS, RESULTS, LakeView
 from sluice.demo.listener import Listener
 from sluice.demo.pipeline import CENTRAL, EDGE, GATEWAY, PARTS, Pipeline, plain_environment
-from sluice.demo.processes import ManagedProcess
+from sluice.demo.processes import ManagedProcess, ending
 from sluice.demo.readings import Reading
 from sluice.demo.screen import Screen, View
 from sluice.demo.sources import SAMPLE_STREAM, demo_sources
@@ -139,7 +139,7 @@ class DemoRun:
 
     def _check_alive(self) -> None:
         for process in self._pipeline.supervisor.ended():
-            raise process.failure(f"ended with status {process.returncode}")
+            raise process.failure(ending(process.returncode))
 
     # --- watch
 
@@ -212,7 +212,7 @@ class DemoRun:
         while not check():
             for process in self._pipeline.supervisor.ended():
                 if process.name != EDGE:
-                    raise process.failure(f"ended with status {process.returncode}")
+                    raise process.failure(ending(process.returncode))
             if time.monotonic() > ends_s:
                 self._problems.append(f"not within {deadline_s:.0f} s: {what}")
                 return
@@ -250,7 +250,7 @@ class DemoRun:
         status = self._pipeline.supervisor.processes[part].stop(PART_DEADLINE_S)
         if status != 0:
             log = self._pipeline.supervisor.processes[part].log_tail()
-            self._problems.append(f"{part} ended with status {status}; the end of its log:\n{log}")
+            self._problems.append(f"{part} {ending(status)}; the end of its log:\n{log}")
 
     # --- conclude
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from sluice.demo.loopback import free_port
-from sluice.demo.processes import ManagedProcess, ProcessFailed, Supervisor
+from sluice.demo.processes import ManagedProcess, ProcessFailed, Supervisor, ending
 from tests.brokers.clients import TIMEOUT_S, eventually
 
 # Each says when its signal handlers are set, so that no test races with its start.
@@ -162,3 +162,13 @@ def test_ctrl_c_in_the_terminal_is_for_the_supervisor_alone(supervisor: Supervis
     started = time.monotonic()
     assert process.stop(TIMEOUT_S) == -signal.SIGTERM
     assert time.monotonic() - started < TIMEOUT_S / 2
+
+
+def test_how_a_process_ended_is_said_in_words() -> None:
+    assert [ending(status) for status in (0, 2, -9, -200, None)] == [
+        "ended with status 0",
+        "ended with status 2",
+        "was killed by SIGKILL",
+        "was killed by signal 200",
+        "ended with status None",
+    ]
