@@ -39,7 +39,7 @@ test: $(READY) ## The fast tests, with the brokers that pip installs.
 
 test-integration: $(READY) ## The tests on Mosquitto and Apache Kafka, which are fetched when missing.
 	deploy/ci/install-brokers
-	$(BIN)/python -m pytest -m integration $(ARGS)
+	$(BIN)/python -m pytest -m integration -n auto --dist loadfile $(ARGS)
 
 lint: $(READY) ## Linter, formatter, types, import contracts.
 	$(BIN)/ruff check .

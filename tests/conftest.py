@@ -5,6 +5,7 @@ Fixtures live beside the tests that use them (`tests/<part>/conftest.py`); broke
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # No deadline: two busy cores make any single example slow now and then. In CI the examples are the same every time, so
@@ -17,3 +18,22 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("sluice")
+
+
+BROKER_FIXTURES = ("mqtt_broker", "kafka_broker", "own_kafka_broker", "kafka_behind_proxy")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test that asks for both kinds of brokers runs with the embedded pair and with the real pair.
+
+    The mixed pairs would double the time of the integration tests, and no deployment has one.
+    """
+    mixed = [item for item in items if _is_mixed(item)]
+    items[:] = [item for item in items if item not in set(mixed)]
+    config.hook.pytest_deselected(items=mixed)
+
+
+def _is_mixed(item: pytest.Item) -> bool:
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    real = {getattr(params[name], "durable", None) for name in BROKER_FIXTURES if name in params}
+    return len(real) > 1
