@@ -150,7 +150,7 @@ def test_a_part_that_dies_ends_the_run_with_the_end_of_its_log_and_no_orphan(tmp
         parts = eventually(lambda: _of(children(process), "central"), "central runs", 60.0)
         parts[0].kill()
         assert process.wait(30) == 1
-        eventually(lambda: any("central ended with status -9" in line for line in lines), f"says so: {lines}")
+        eventually(lambda: any("central was killed by SIGKILL" in line for line in lines), f"says so: {lines}")
         eventually(lambda: not any(map(_is_running, brokers)), "no orphan")
     finally:
         finish(process)
