@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.sluice-installed
 READY := $(if $(filter .venv,$(VENV)),$(INSTALLED))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-integration lint format bench sim protos docs clean
+.PHONY: help install demo test test-integration lint format bench bench-engine sim protos docs clean
 
 help: ## Say what there is (this list).
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ format: $(READY) ## Format the code, and fix what the linter can.
 
 bench: $(READY) ## Every number that the README claims, on this machine.
 	@set -e; for program in benchmarks/[a-z]*.py; do echo "== $$program"; $(BIN)/python "$$program" $(ARGS); done
+
+bench-engine: $(READY) ## The engine: each remedy by itself, peers, latency under load (15 min; ARGS=--quick: 3).
+	$(BIN)/python -m benchmarks.engine $(ARGS)
 
 sim: $(READY) ## HISTORIES=2000 seeded histories of the whole path, and the seeded bugs that they must find.
 	$(BIN)/python -m tests.sim --histories $(HISTORIES) $(ARGS)

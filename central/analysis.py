@@ -219,13 +219,18 @@ class Analysis:
         tracker.finish(offset)
 
     async def _analyze(self, texts: Texts) -> "list[TextAnalysis]":
-        return await self._engine.analyze(
+        analyses = await self._engine.analyze(
             texts.texts,
             task=self._config.task,
             stream=texts.stream,
             priority=Priority.BACKGROUND,
             embed=self._config.embed,
+            model=self._config.model,
         )
+        if stopped := next((analysis for analysis in analyses if analysis.reason == "stopped"), None):
+            # Nothing is known about these texts yet: the envelope must not count as analysed.
+            raise Retryable(stopped.error or "the engine stopped")
+        return analyses
 
     async def _publish(self, texts: Texts, analyses: "Sequence[TextAnalysis]") -> None:
         failed = sum(analysis.error is not None for analysis in analyses)
@@ -236,8 +241,6 @@ class Analysis:
             texts,
             analyses,
             task=self._config.task,
-            model=self._engine.model,
-            model_version=self._engine.model_version,
             created_time_us=time.time_ns() // 1000,
             bytes_max=self._config.result_batch_bytes_max,
         ):

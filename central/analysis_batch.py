@@ -56,8 +56,6 @@ def batches_of_results(
     analyses: "Sequence[Analysis]",
     *,
     task: str,
-    model: str,
-    model_version: str,
     created_time_us: int,
     bytes_max: int,
 ) -> Iterator[feed_pb2.ResultBatch]:
@@ -67,11 +65,11 @@ def batches_of_results(
         texts: what was analysed.
         analyses: one per text.
         task: of the engine.
-        model: its name.
-        model_version: its version.
         created_time_us: now, UTC microseconds.
         bytes_max: a batch is closed when it has reached this size.
     """
+    # All texts of a call are analysed by one model, also while it is being replaced.
+    made_by = analyses[0]
 
     def empty() -> feed_pb2.ResultBatch:
         return feed_pb2.ResultBatch(
@@ -81,8 +79,8 @@ def batches_of_results(
             stream=texts.stream,
             origin=feed_pb2.ORIGIN_CLOUD,
             task=task,
-            model=model,
-            model_version=model_version,
+            model=made_by.model,
+            model_version=made_by.model_version,
             created_time_us=created_time_us,
         )
 

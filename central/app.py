@@ -6,6 +6,7 @@ and answers UNAVAILABLE until it can serve; `/readyz` names what is not ready ye
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from central.config import CentralConfig
@@ -20,20 +21,27 @@ if TYPE_CHECKING:
     from sluice.kafka import KafkaWriter
 
 
-async def run(config: CentralConfig, stop: asyncio.Event | None = None, *, handle_signals: bool = True) -> None:
+async def run(
+    config: CentralConfig,
+    stop: asyncio.Event | None = None,
+    *,
+    handle_signals: bool = True,
+    read_again: Callable[[], CentralConfig] | None = None,
+) -> None:
     """Runs the configured roles until SIGTERM, SIGINT or `stop`.
 
     Args:
         config: of the process.
         stop: set it to end.
         handle_signals: whether to listen to signals.
+        read_again: reads the configuration anew, for SIGHUP; None: SIGHUP is not listened to.
 
     Raises:
         ConfigError: a port is taken, a file is missing, a model is not there.
         Exception: the first error of a service, after the others were drained.
     """
     telemetry = Telemetry("central", config.telemetry)
-    services = compose(config, telemetry)
+    services = compose(config, telemetry, read_again)
     telemetry.listen()
     try:
         await serve(
@@ -43,7 +51,9 @@ async def run(config: CentralConfig, stop: asyncio.Event | None = None, *, handl
         telemetry.close()
 
 
-def compose(config: CentralConfig, telemetry: Telemetry) -> list[Service]:
+def compose(
+    config: CentralConfig, telemetry: Telemetry, read_again: Callable[[], CentralConfig] | None = None
+) -> list[Service]:
     """The services of the roles, in the order of draining, with their conditions in `/readyz`."""
     topics = Topics(config, telemetry)
     telemetry.ready_when("kafka", topics.ready.is_set)
@@ -57,6 +67,8 @@ def compose(config: CentralConfig, telemetry: Telemetry) -> list[Service]:
     engine: EngineService | None = None
     if "analysis" in config.roles or ("feed" in config.roles and config.feed.analyze):
         engine = _engine(config, telemetry)
+        if read_again is not None:
+            services.append(_reload(engine, read_again, telemetry))
         last.append(engine)
     if "analysis" in config.roles:
         assert engine is not None
@@ -159,6 +171,12 @@ def _engine(config: CentralConfig, telemetry: Telemetry) -> EngineService:
     engine = EngineService(Engine(config.engine, telemetry))
     telemetry.ready_when("engine", lambda: engine.engine.ready)
     return engine
+
+
+def _reload(engine: EngineService, read_again: Callable[[], CentralConfig], telemetry: Telemetry) -> Service:
+    from engine.reload import ModelReload
+
+    return After(ModelReload(engine.engine, lambda: read_again().engine, telemetry), engine.started)
 
 
 def _analysis(config: CentralConfig, telemetry: Telemetry, engine: EngineService) -> "tuple[Analysis, KafkaWriter]":

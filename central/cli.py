@@ -26,6 +26,7 @@ def central(config_file: Path | None, roles: tuple[str, ...], check: bool) -> No
     """Kafka into the lake, through the engine, and out to clients over gRPC.
 
     Ends in order on SIGTERM or Ctrl-C: what is in flight is finished and every client gets a token to resume with.
+    On SIGHUP the engine's section is read again, and models that changed are replaced without a pause.
     """
     overrides: dict[str, Any] = {"roles": list(roles)} if roles else {}
     config = load(CentralConfig, config_file, overrides=overrides)
@@ -35,7 +36,7 @@ def central(config_file: Path | None, roles: tuple[str, ...], check: bool) -> No
         return
     from central.app import run
 
-    asyncio.run(run(config))
+    asyncio.run(run(config, read_again=lambda: load(CentralConfig, config_file, overrides=overrides)))
 
 
 def check_files(config: CentralConfig) -> None:

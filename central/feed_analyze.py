@@ -9,7 +9,6 @@ Fails: an invalid request, an expired deadline or an overloaded engine is an `An
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -35,21 +34,20 @@ _PRIORITY: Final = {
     feed_pb2.PRIORITY_ONLINE: Priority.ONLINE,
     feed_pb2.PRIORITY_BACKGROUND: Priority.BACKGROUND,
 }
+# What went wrong with one text (`Analysis.reason`); anything else is internal.
+_CODE: Final = {
+    "text": feed_pb2.AnalyzeError.CODE_INVALID,
+    "model": feed_pb2.AnalyzeError.CODE_INVALID,
+    "deadline": feed_pb2.AnalyzeError.CODE_DEADLINE_EXCEEDED,
+    "stopped": feed_pb2.AnalyzeError.CODE_OVERLOADED,
+}
+# An engine that is starting, stopping or being replaced may be back by then.
+_RETRY_S: Final = 1.0
 Respond = Callable[[feed_pb2.AnalyzeResponse], Awaitable[None]]
 
 
 class Analyzer(Protocol):
     """What is needed of the engine."""
-
-    @property
-    def model(self) -> str:
-        """The model's name."""
-        ...
-
-    @property
-    def model_version(self) -> str:
-        """Changes with anything that changes results."""
-        ...
 
     async def analyze(
         self,
@@ -60,6 +58,7 @@ class Analyzer(Protocol):
         priority: Priority = Priority.BACKGROUND,
         deadline_s: float | None = None,
         embed: bool = False,
+        model: str = "",
     ) -> "list[Analysis]":
         """One analysis per text, in order. See `engine.service.Engine.analyze`."""
         ...
@@ -133,7 +132,6 @@ class AnalyzeStream:
         if request.stream and not NAME_PATTERN.match(request.stream):
             raise Refused(errors.CODE_INVALID, "stream: not a valid name (1 to 128 of A-Z a-z 0-9 . _ -)")
         deadline_s = (request.deadline_ms or self._config.analyze_deadline_ms) / 1000
-        begun_s = time.monotonic()
         try:
             (analysis,) = await self._engine.analyze(
                 [request.text],
@@ -142,23 +140,28 @@ class AnalyzeStream:
                 priority=priority,
                 deadline_s=deadline_s,
                 embed=request.want_embedding,
+                model=request.model,
             )
         except Backpressure as full:
             raise Refused(errors.CODE_OVERLOADED, str(full), full.retry_after_s) from full
         except Permanent as error:
             raise Refused(errors.CODE_INVALID, str(error)) from error
         except Retryable as error:
-            raise Refused(errors.CODE_OVERLOADED, str(error), retry_after_s=1.0) from error
+            raise Refused(errors.CODE_OVERLOADED, str(error), _RETRY_S) from error
         except Exception as error:
             raise Refused(errors.CODE_INTERNAL, repr(error)) from error
         if analysis.error is not None:
-            late = time.monotonic() - begun_s >= deadline_s
-            raise Refused(errors.CODE_DEADLINE_EXCEEDED if late else errors.CODE_INVALID, analysis.error)
+            code = _CODE.get(analysis.reason, errors.CODE_INTERNAL)
+            raise Refused(code, analysis.error, _RETRY_S if code == errors.CODE_OVERLOADED else 0.0)
+        result = to_result(analysis)
+        result.spans.extend(
+            feed_pb2.Span(start=span.start, end=span.end, label=span.label, score=span.score) for span in analysis.spans
+        )
         return feed_pb2.AnalyzeResponse(
             request_id=request.request_id,
-            result=to_result(analysis),
-            model=self._engine.model,
-            model_version=self._engine.model_version,
+            result=result,
+            model=analysis.model,
+            model_version=analysis.model_version,
         )
 
 

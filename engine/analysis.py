@@ -2,17 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
-from engine.flights import DeadlinePassed
+from engine.failures import Reason, reason_of
 from engine.novelty import Novelty
 from engine.results import Output
+from engine.spans import Span
 from engine.tasks import Task
-from sluice.errors import Permanent
-
-
-class BadText(Permanent):
-    """A text that cannot be analysed, whatever the engine's state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +15,18 @@ class Analysis:
     """What the engine says about one text.
 
     Attributes:
-        label: of the task, or empty.
+        label: of the task, or empty; for the task `tokens` that of the span with the highest score.
         score: of the label, in [0, 1]; for the task `novelty` the novelty.
         novelty: distance to what the stream usually says, in [0, 1]; 0 without a stream.
         embedding: little-endian float16, normalised; only when asked for.
         token_count: tokens the model saw.
         truncated: whether tokens were dropped.
         error: why there is no result for this text, or None.
+        reason: of the error, one word: `text`, `deadline`, `device`, `model` or `stopped` (see `failures`); or empty.
+        model: which model made it, as configured.
+        model_version: its version when the call began; a model may be replaced between two calls.
+        dropped_tokens: tokens that truncation took away.
+        spans: parts of the text with labels of their own, in order; of the task `tokens` only.
     """
 
     label: str = ""
@@ -36,6 +36,11 @@ class Analysis:
     token_count: int = 0
     truncated: bool = False
     error: str | None = None
+    reason: Reason = ""
+    model: str = ""
+    model_version: str = ""
+    dropped_tokens: int = 0
+    spans: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,8 @@ class Reading:
         novelty: of all streams, or None when it is off.
         novelty_is_score: the task is `novelty`.
         stream: whose texts they are.
+        model: which model, as configured.
+        model_version: its version.
     """
 
     task: Task
@@ -57,12 +64,15 @@ class Reading:
     novelty: Novelty | None
     novelty_is_score: bool
     stream: str
+    model: str = ""
+    model_version: str = ""
 
-    def read(self, outcomes: Sequence[Output | Exception | None]) -> list[Analysis]:
-        """One analysis per outcome, in order; learns what the stream says."""
+    def read(self, outcomes: Sequence[Output | Exception | None], texts: Sequence[str]) -> list[Analysis]:
+        """One analysis per outcome of `texts`, in order; learns what the stream says."""
         outputs = [outcome for outcome in outcomes if isinstance(outcome, Output)]
         rows = [output.row for output in outputs]
-        verdicts = self.task.read(rows)
+        computed = [text for text, each in zip(texts, outcomes, strict=True) if isinstance(each, Output)]
+        verdicts = self.task.read(rows, computed)
         news = [0.0] * len(rows)
         if self.novelty is not None and self.stream:
             news = self.novelty.read(self.stream, rows)
@@ -74,20 +84,24 @@ class Reading:
                 embedding=output.row[: self.width].astype("<f2").tobytes() if self.embed and self.width else None,
                 token_count=output.tokens,
                 truncated=output.dropped > 0,
+                dropped_tokens=output.dropped,
+                model=self.model,
+                model_version=self.model_version,
+                spans=verdict.spans,
             )
             for output, verdict, new in zip(outputs, verdicts, news, strict=True)
         )
-        return [next(good) if isinstance(each, Output) else Analysis(error=str(each)) for each in outcomes]
+        return [next(good) if isinstance(each, Output) else self._failed(each) for each in outcomes]
 
-
-_REASONS: Final[dict[type, str]] = {BadText: "text", DeadlinePassed: "deadline"}
+    def _failed(self, error: Exception | None) -> Analysis:
+        return Analysis(error=str(error), reason=reason_of(error), model=self.model, model_version=self.model_version)
 
 
 def failures(outcomes: Sequence[Output | Exception | None]) -> dict[str, int]:
-    """How many texts failed, by reason: `text`, `deadline` or `device`."""
+    """How many texts failed, by reason."""
     counts: dict[str, int] = {}
     for outcome in outcomes:
         if isinstance(outcome, Exception):
-            reason = _REASONS.get(type(outcome), "device")
+            reason = reason_of(outcome)
             counts[reason] = counts.get(reason, 0) + 1
     return counts

@@ -5,12 +5,13 @@ submission; up to `info.depth` batches may be under way, so that copying and com
 device can do both.
 
 Fails: `DeviceOutOfMemory` from `submit` or `collect`: the batch did not run, the backend is still usable.
+`DeviceLost`: the device itself is gone, with every batch under way; the backend can only be closed.
 Any other exception concerns that batch alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from sluice.errors import Retryable
 
@@ -28,6 +29,10 @@ class DeviceOutOfMemory(Retryable):
     """The batch does not fit into the device's memory now; a smaller one may."""
 
 
+class DeviceLost(Retryable):
+    """The device died: nothing came of what was under way. Another device, or the same one opened anew, may do it."""
+
+
 @dataclass(frozen=True, slots=True)
 class BackendInfo:
     """What is loaded, and how it wants to be driven.
@@ -40,6 +45,8 @@ class BackendInfo:
         length_max: longest row in tokens.
         embedding_width: numbers of the embedding, at the front of an output row; 0 when there is none.
         labels: of the logits behind the embedding; empty when there are none.
+        per_token: an output row is float32 [tokens, labels], one row of logits per token, and nothing else.
+        packed: no padding is computed: a batch costs its tokens, and any lengths may share it.
     """
 
     device: str
@@ -49,6 +56,8 @@ class BackendInfo:
     length_max: int
     embedding_width: int
     labels: tuple[str, ...] = ()
+    packed: bool = False
+    per_token: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +83,7 @@ class Backend(Protocol):
         ...
 
     def collect(self, ticket: object) -> "Outputs":
-        """Waits for a batch; one array per row: float16 without logits, else float32. The arrays are the caller's."""
+        """Waits for a batch; one array per row (float16 without logits, else float32), the caller's for good."""
         ...
 
     def memory(self) -> DeviceMemory:
@@ -87,4 +96,18 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Releases the model. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class Mortal(Protocol):
+    """A backend whose device can die while nobody looks: another process."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can still take a batch."""
+        ...
+
+    def watch(self, on_death: "Callable[[], None]") -> None:
+        """Calls `on_death` once, on a thread of its own, when the device has died; at once when it is dead already."""
         ...

@@ -2,50 +2,121 @@
 
 Capacity: all texts at once, background priority. Latency: single texts, online priority, at Poisson times
 that do not wait for answers (open loop), so that a queue that builds up is seen and not hidden.
+
+Fails: `ConfigError` for a file that is no text or holds none, before anything is loaded. A text that the engine
+refuses is counted and costs the run nothing.
 """
 
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
-from engine.config import DEFAULT_MODEL, CacheConfig, EngineConfig
+from engine.config import CacheConfig, EngineConfig
 from engine.service import Engine, EngineStats, Priority
+from sluice.config import load
 from sluice.connections import TelemetryConfig
 from sluice.errors import Backpressure, ConfigError
 from sluice.telemetry import Telemetry
 
+# What is under way, and how much of it is done, in [0, 1].
+Progress = Callable[[str, float], None]
+
 _SEED: Final = 7
+_PROBE_BYTES: Final = 1 << 16
+# A longer line is read in pieces, so that a file without line ends does not fill the memory.
+_LINE_CHARS_MAX: Final = 1 << 20
+_PROGRESS_S: Final = 0.2
 
 
-def section(model: str | None, device: str, precision: str, threads: int, *, caches: bool = True) -> EngineConfig:
-    """The engine's configuration from command-line values."""
-    tree = {"model": model or DEFAULT_MODEL, "device": device, "precision": precision, "threads": threads}
-    config = msgspec.convert(tree, EngineConfig)
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was measured.
+
+    Attributes:
+        figures: by name; `p50_ms` and `p99_ms` are of `latencies_s`.
+        latencies_s: of single online texts, ascending.
+        batches: of the full queue, by length class.
+        load: share of the capacity at which the latencies were taken.
+    """
+
+    figures: Mapping[str, Any]
+    latencies_s: Sequence[float]
+    batches: Mapping[int, int]
+    load: float
+
+
+def section(values: Mapping[str, Any], settings: Sequence[str] = (), *, caches: bool = True) -> EngineConfig:
+    """The engine's configuration from command-line values.
+
+    Args:
+        values: by key; None is left out.
+        settings: more of them, as `key=value`, with dots between section and key.
+        caches: whether the token and the result cache are on.
+
+    Raises:
+        ConfigError: a key or value is wrong.
+    """
+    tree: dict[str, Any] = {key: value for key, value in values.items() if value is not None}
+    for setting in settings:
+        key, sign, value = setting.partition("=")
+        if not sign:
+            raise ConfigError(f"--set {setting[:64]!r}: not of the form key=value")
+        *parents, leaf = key.strip().split(".")
+        inner = tree
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"--set {setting[:64]!r}: '{parent}' is no section")
+        inner[leaf] = _value(setting, value.strip())
+    config = load(EngineConfig, environ={}, overrides=tree)
     if caches:
         return config
     return msgspec.structs.replace(config, caches=CacheConfig(token_bytes_max=0, result_bytes_max=0))
 
 
+def _value(setting: str, value: str) -> Any:
+    if value[:1] not in {"[", "{"}:
+        return value
+    try:
+        return tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"--set {setting[:64]!r}: not a valid TOML value: {error}") from error
+
+
 def read_texts(file: Path, limit: int) -> list[str]:
-    """Up to `limit` lines that are not blank.
+    """Up to `limit` lines that are not blank; what is not UTF-8 in them is replaced.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: it cannot be read, is binary, or has no such line.
     """
+    try:
+        with file.open("rb") as content:
+            probe = content.read(_PROBE_BYTES)
+        if (at := probe.find(b"\0")) >= 0:
+            raise ConfigError(f"{file}: not a text file: a zero byte at position {at} (UTF-16? it must be UTF-8)")
+        if (wrong := probe.decode(errors="replace").count("\ufffd")) > len(probe) // 10:
+            raise ConfigError(f"{file}: not a text file: {wrong} of its first {len(probe)} bytes are not UTF-8")
+        texts = _lines(file, limit)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from error
+    if not texts:
+        raise ConfigError(f"{file}: no texts in it, one a line")
+    return texts
+
+
+def _lines(file: Path, limit: int) -> list[str]:
     texts: list[str] = []
     with file.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
+        while len(texts) < limit and (line := lines.readline(_LINE_CHARS_MAX)):
             if text := line.strip():
                 texts.append(text)
-            if len(texts) == limit:
-                break
-    if not texts:
-        raise ConfigError(f"{file}: no texts in it")
     return texts
 
 
@@ -63,7 +134,9 @@ def plan(config: EngineConfig) -> dict[str, str]:
     return asyncio.run(start())
 
 
-def run(config: EngineConfig, texts: Sequence[str], seconds: float, load: float) -> dict[str, Any]:
+def run(
+    config: EngineConfig, texts: Sequence[str], seconds: float, load: float, progress: Progress = lambda *_: None
+) -> Measured:
     """Measures; see the module's docstring.
 
     Args:
@@ -71,48 +144,72 @@ def run(config: EngineConfig, texts: Sequence[str], seconds: float, load: float)
         texts: what to analyse.
         seconds: for the latencies.
         load: share of the capacity at which they are taken.
+        progress: told now and then.
     """
-    return asyncio.run(_run(config, texts, seconds, load))
+    return asyncio.run(_run(config, texts, seconds, load, progress))
 
 
-async def _run(config: EngineConfig, texts: Sequence[str], seconds: float, load: float) -> dict[str, Any]:
+async def _run(config: EngineConfig, texts: Sequence[str], seconds: float, load: float, progress: Progress) -> Measured:
     engine = Engine(config, _telemetry())
     try:
+        progress("loading and measuring the model", 0.0)
         await engine.start()
+        watching = asyncio.create_task(_watch(engine, len(texts), progress))
         begun = time.perf_counter()
-        await engine.analyze(texts)
+        try:
+            analyses = await engine.analyze(texts)
+        finally:
+            watching.cancel()
         took_s = time.perf_counter() - begun
         full = engine.stats()
-        latencies = await _open_loop(engine, texts, load * len(texts) / took_s, seconds)
-        return _result(config, engine, texts, took_s, full, latencies)
+        # The latency of a refusal says nothing.
+        good = [text for text, analysis in zip(texts, analyses, strict=True) if analysis.error is None]
+        if not good:
+            raise ConfigError(f"none of the {len(texts)} texts has a result; the first: {analyses[0].error}")
+        latencies = await _open_loop(engine, good, load * len(texts) / took_s, seconds, progress)
+        latencies.sort()
+        return Measured(_figures(config, engine, took_s, full, latencies), latencies, full.batches, load)
     finally:
         await engine.close()
 
 
-def _result(
-    config: EngineConfig,
-    engine: Engine,
-    texts: Sequence[str],
-    took_s: float,
-    full: EngineStats,
-    latencies: list[float],
+def _figures(
+    config: EngineConfig, engine: Engine, took_s: float, full: EngineStats, latencies: Sequence[float]
 ) -> dict[str, Any]:
-    latencies.sort()
+    devices = max(1, len(full.devices))
     return {
-        "texts_per_s": len(texts) / took_s,
+        "texts_per_s": full.texts / took_s,
         "tokens_per_s": full.tokens / took_s,
         "padding_share": full.padding_share,
-        "p50_ms": _percentile(latencies, 0.50) * 1e3,
-        "p99_ms": _percentile(latencies, 0.99) * 1e3,
-        "device_busy_share": full.device_busy_s / took_s,
-        "texts": len(texts),
+        "p50_ms": percentile(latencies, 0.50) * 1e3,
+        "p99_ms": percentile(latencies, 0.99) * 1e3,
+        "device_busy_share": full.device_busy_s / took_s / devices,
+        "texts": full.texts,
+        "texts_computed": full.texts_computed,
+        "texts_failed": full.texts_failed,
+        "texts_truncated": full.texts_truncated,
+        "seconds": took_s,
+        "devices": devices,
+        "token_cache_hits": full.token_cache_hits,
+        "result_cache_hits": full.result_cache_hits,
         "latency_samples": len(latencies),
         "model": config.model,
         "model_version": engine.model_version,
     }
 
 
-async def _open_loop(engine: Engine, texts: Sequence[str], rate: float, seconds: float) -> list[float]:
+async def _watch(engine: Engine, texts: int, progress: Progress) -> None:
+    """Tells how many of the texts are done, until cancelled."""
+    while True:
+        stats = engine.stats()
+        done = stats.texts_computed + stats.texts_coalesced + stats.result_cache_hits
+        progress("throughput, all texts at once", min(1.0, done / texts))
+        await asyncio.sleep(_PROGRESS_S)
+
+
+async def _open_loop(
+    engine: Engine, texts: Sequence[str], rate: float, seconds: float, progress: Progress
+) -> list[float]:
     """Latencies in seconds of single texts that arrive `rate` times a second."""
     chance = random.Random(_SEED)
     latencies: list[float] = []
@@ -125,16 +222,20 @@ async def _open_loop(engine: Engine, texts: Sequence[str], rate: float, seconds:
         # From when it was due, not from when it was sent: a late sender hides what it is late by.
         latencies.append(time.perf_counter() - due)
 
-    due = time.perf_counter()
-    end = due + seconds
+    begun = due = time.perf_counter()
+    told = 0.0
     async with asyncio.TaskGroup() as group:
-        while (due := due + chance.expovariate(rate)) < end:
+        while (due := due + chance.expovariate(rate)) < begun + seconds:
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             group.create_task(one(chance.choice(texts), due))
+            if due - told >= _PROGRESS_S:
+                told = due
+                progress("latency of single texts", (due - begun) / seconds)
     return latencies
 
 
-def _percentile(ordered: Sequence[float], share: float) -> float:
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """The value below which that share of an ascending sequence lies; 0 for an empty one."""
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
 

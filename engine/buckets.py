@@ -1,12 +1,18 @@
-"""Length buckets: a fine ladder that texts are grouped by, and the classic classes that people read. Pure.
+"""Length buckets: a ladder of edges, and the finer classes inside it that texts are grouped by. Pure.
 
 For edges with ratio r a text is padded by about 1 - (r-1)/(r*ln r) of the batch when lengths are
 log-uniform: 4% for r = 4/3 and 31% for r = 2, hence a ladder of about 1.3 to 1.5 inside the classic
-32/64/128/256/512.
+32/64/128/256/512. A device that takes any shape pads to the longest row of the batch only; there the ladder
+is refined into classes of a thirty-second of their bucket's length: texts of nearly equal length meet, and
+what is left of the padding comes from filling up with neighbours, which the scheduler weighs by cost.
 """
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import Final
+
+# Parts that a bucket of twice the length of the one before it is refined into.
+PARTS: Final = 32
 
 
 class Ladder:
@@ -20,6 +26,16 @@ class Ladder:
     def __init__(self, edges: Sequence[int], length_max: int) -> None:
         assert length_max > 0
         self.edges = (*(edge for edge in edges if edge < length_max), length_max)
+
+    def refined(self, parts: int = PARTS) -> "Ladder":
+        """The same ladder with finer edges between its own, each at most a `parts`-th of its bucket's edge apart."""
+        fine: list[int] = []
+        low = 0
+        for edge in self.edges:
+            step = max(1, edge // parts)
+            fine += [*range(low + step, edge, step), edge]
+            low = edge
+        return Ladder(fine, self.edges[-1])
 
     def index(self, tokens: int) -> int:
         """The bucket of a text of `tokens` tokens; 0 is the shortest.

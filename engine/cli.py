@@ -1,7 +1,10 @@
 """`sluice engine`: what the engine would choose here, and how fast it is."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
+from typing import Any, Self
 
 import click
 
@@ -15,11 +18,22 @@ def _options(command: click.decorators.FC) -> click.decorators.FC:
     for option in reversed(
         (
             click.option("--model", default=None, help="Package, folder or hub id; default: the packaged MiniLM."),
-            click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+            click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda (all GPUs) or cuda:N."),
             click.option(
-                "--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True
+                "--precision",
+                type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+                default="auto",
+                show_default=True,
+                help="auto: half where it is measured faster and agrees with fp32.",
             ),
             click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0: all allowed."),
+            click.option(
+                "--set",
+                "settings",
+                multiple=True,
+                metavar="KEY=VALUE",
+                help="Any other key below engine. in the configuration, such as workers=2; may be repeated.",
+            ),
         )
     ):
         command = option(command)
@@ -29,17 +43,18 @@ def _options(command: click.decorators.FC) -> click.decorators.FC:
 @engine.command()
 @_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def plan(model: str | None, device: str, precision: str, threads: int, as_json: bool) -> None:
+def plan(settings: tuple[str, ...], as_json: bool, **values: Any) -> None:
     """Loads the model, measures, and shows what was chosen and why."""
     from engine.bench import plan as make_plan
     from engine.bench import section
+    from engine.bench_report import plan_lines
 
-    reasons = make_plan(section(model, device, precision, threads))
+    reasons = make_plan(section(values, settings))
     if as_json:
         click.echo(json.dumps(reasons, indent=2))
         return
-    for name, reason in reasons.items():
-        click.echo(f"{name:13} {reason}")
+    for name, reason in plan_lines(reasons, shutil.get_terminal_size().columns):
+        click.echo(f"{click.style(name, bold=True)}  {reason}")
 
 
 @engine.command()
@@ -48,32 +63,87 @@ def plan(model: str | None, device: str, precision: str, threads: int, as_json: 
     "--texts",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     required=True,
-    help="A file with one text a line.",
+    help="A file with one text a line, in UTF-8; blank lines are passed over.",
 )
 @click.option("--limit", type=click.IntRange(1), default=20_000, show_default=True, help="Texts read from the file.")
-@click.option("--seconds", type=click.FloatRange(1, 600), default=10.0, show_default=True, help="For the latencies.")
-@click.option("--load", type=click.FloatRange(0.05, 0.95), default=0.5, show_default=True, help="Share of capacity.")
-@click.option("--caches", is_flag=True, help="With the token and result caches.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(1, 600),
+    default=10.0,
+    show_default=True,
+    help="How long latencies are measured, after the throughput.",
+)
+@click.option(
+    "--load",
+    type=click.FloatRange(0.05, 0.95),
+    default=0.5,
+    show_default=True,
+    help="Share of the measured throughput at which single texts arrive while latencies are measured.",
+)
+@click.option(
+    "--caches",
+    is_flag=True,
+    help="With the token and result caches. Without, too, identical texts under way are computed once.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def bench(  # noqa: PLR0917 - click passes each option
-    model: str | None,
-    device: str,
-    precision: str,
-    threads: int,
+@click.option(
+    "--plot",
+    "picture",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also draw a picture into this file (.png, .svg, .pdf); needs matplotlib.",
+)
+def bench(
+    settings: tuple[str, ...],
     texts: Path,
     limit: int,
     seconds: float,
     load: float,
     caches: bool,
     as_json: bool,
+    picture: Path | None,
+    **values: Any,
 ) -> None:
-    """Measures throughput with a full queue, then latency of single online texts at a share of that."""
-    from engine.bench import read_texts, run, section
+    """Measures throughput with a full queue, then latency of single online texts at a share of that.
 
-    config = section(model, device, precision, threads, caches=caches)
-    result = run(config, read_texts(texts, limit), seconds, load)
+    texts_per_s counts all texts of the file, from the first to the last answer; tokens_per_s and padding_share what the
+    device computed; device_busy_share how much of that time it worked. p50_ms and p99_ms are the latencies of single
+    texts that arrive at random times, whether or not the ones before are answered.
+    """
+    from engine.bench import read_texts, run, section
+    from engine.bench_report import draw, report_lines, require_plotting
+
+    if picture is not None:
+        require_plotting(picture)
+    config = section(values, settings, caches=caches)
+    with _Bar() as bar:
+        measured = run(config, read_texts(texts, limit), seconds, load, bar.show)
     if as_json:
-        click.echo(json.dumps(result))
-        return
-    for name, value in result.items():
-        click.echo(f"{name:18} {value:,.3f}" if isinstance(value, float) else f"{name:18} {value}")
+        click.echo(json.dumps(measured.figures))
+    else:
+        for line in report_lines(measured, shutil.get_terminal_size().columns):
+            click.echo(line)
+    if picture is not None:
+        draw(measured, picture)
+        click.echo(f"drawn: {picture}", err=True)
+
+
+class _Bar:
+    """A line on the terminal that says what is under way; nothing where there is no terminal."""
+
+    def __init__(self) -> None:
+        self._on = sys.stderr.isatty()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._write("")
+
+    def show(self, what: str, share: float) -> None:
+        """Shows it; `share` in [0, 1] is done."""
+        done = round(30 * share)
+        self._write(f"[{'#' * done}{'-' * (30 - done)}] {share:4.0%}  {what}")
+
+    def _write(self, line: str) -> None:
+        if self._on:
+            click.echo(f"\r\x1b[K{line}", err=True, nl=False)

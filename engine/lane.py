@@ -26,6 +26,7 @@ class Item:
         priority: whose it is.
         arrived_s: when, on the caller's monotonic clock.
         deadline_s: after this moment its result is worthless; infinity for none.
+        alone: it shares its batch with nobody: its last one was lost, perhaps on its account.
     """
 
     id: int
@@ -33,6 +34,7 @@ class Item:
     priority: Priority
     arrived_s: float
     deadline_s: float = float("inf")
+    alone: bool = False
 
 
 class Lane:

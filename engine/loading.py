@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from engine import models, tasks
-from engine.backend import Backend
+from engine.backend import Backend, BackendInfo
 from engine.buckets import Ladder
-from engine.calibrate import measure_costs, measure_memory
+from engine.calibrate import measure_devices
 from engine.config import EngineConfig
-from engine.cost import CostTracker, Sample, relative_error
-from engine.memory import Admission
+from engine.devices import Opened, open_devices
+from engine.fleet import Device
 from engine.models import ModelCard
 from engine.scheduler import Limits, Scheduler
 from engine.tasks import Task
@@ -30,17 +30,35 @@ _EMBED_ROWS: Final = 32
 
 @dataclass(slots=True)
 class Loaded:
-    """A model, ready to run."""
+    """A model, ready to run.
+
+    Attributes:
+        card: of the model.
+        devices: that it runs on, at least one. The first is driven by the thread that called `load`.
+        tokenizer: of the model.
+        ladder: the classes of lengths that the scheduler groups by.
+        scheduler: the queue that the devices share.
+        tasks: that the model offers.
+        reasons: what was chosen, and why.
+    """
 
     card: ModelCard
-    backend: Backend
+    devices: list[Device]
     tokenizer: Tokenizer
     ladder: Ladder
-    costs: CostTracker
-    admission: Admission
     scheduler: Scheduler
     tasks: dict[str, Task]
     reasons: dict[str, str]
+
+    @property
+    def info(self) -> BackendInfo:
+        """Of the first device; what a result looks like is the same on all of them."""
+        return self.devices[0].backend.info
+
+    def close(self) -> None:
+        """Releases the devices; the runner has ended before. Idempotent."""
+        for device in self.devices:
+            device.backend.close()
 
     @property
     def version(self) -> str:
@@ -49,35 +67,40 @@ class Loaded:
         Not the precision: `auto` measures it, so it may differ from one start to the next, and a record that is
         analysed again must not look like a new result to the lake. Precisions agree within the tested tolerance.
         """
-        return f"{self.card.version}-{self.backend.info.length_max}"
+        return f"{self.card.version}-{self.info.length_max}"
 
 
 def load(config: EngineConfig) -> Loaded:
-    """Loads, measures and prepares; on the thread that will drive the backend.
+    """Loads, measures and prepares; on the thread that will drive the first device.
 
     Raises:
         Permanent: the model is not there, damaged, or of no use.
         ConfigError: the device is not there.
     """
     _calm_openmp()
-    from engine.torch_backend import open_backend
-
     reasons: dict[str, str] = {}
     card = models.read_card(config.model, models.locate(config.model, allow_download=config.allow_download))
     reasons["model"] = f"{card.name}, version {card.version}, from {card.folder}"
-    backend = open_backend(config, card, reasons)
+    opened = open_devices(config, card, reasons)
+    try:
+        return _prepare(config, card, opened, reasons)
+    except BaseException:
+        for each in opened:
+            each.backend.close()
+        raise
+
+
+def _prepare(config: EngineConfig, card: ModelCard, opened: Sequence[Opened], reasons: dict[str, str]) -> Loaded:
+    backend = opened[0].backend
     tokenizer = Tokenizer(models.load_tokenizer(card), backend.info.length_max)
     ladder = Ladder(config.ladder, backend.info.length_max)
     reasons["buckets"] = f"{', '.join(map(str, ladder.edges))} tokens"
-    samples = measure_costs(backend, ladder, config.fit_seconds_max)
-    costs = CostTracker(samples)
-    reasons["cost"] = _cost_reason(costs, samples)
-    budget = _budget(config, costs, reasons)
-    admission = Admission(budget)
-    measure_memory(backend, admission, ladder, config.memory_share_max)
-    reasons["memory"] = _memory_reason(admission)
+    devices = measure_devices(config, opened, ladder, reasons)
+    # Where any length will do, texts of nearly equal length are grouped inside the buckets.
+    if all(each.backend.info.exact_lengths or each.backend.info.packed for each in opened):
+        ladder = ladder.refined()
     limits = Limits(
-        batch_tokens=budget,
+        batch_tokens=max(device.admission.tokens_max for device in devices),
         batch_rows=config.batch_rows_max,
         queue_tokens=config.queue_tokens_max,
         online_share=config.online_share,
@@ -85,7 +108,11 @@ def load(config: EngineConfig) -> Loaded:
         online_batches=config.online_batches_max,
     )
     offered = tasks.build(
-        backend.info, config.labels, lambda texts: embed(backend, tokenizer, texts, config.text_bytes_max)
+        backend.info,
+        config.labels,
+        lambda texts: embed(backend, tokenizer, texts, config.text_bytes_max),
+        tokenizer.align,
+        config.span_aggregation,
     )
     reasons["tasks"] = ", ".join(sorted(offered))
     zero_shot = offered.get("classify")
@@ -94,9 +121,9 @@ def load(config: EngineConfig) -> Loaded:
             f"zero-shot over {len(config.labels)} labels, temperature {zero_shot.temperature} "
             "(calibrated on their descriptions)"
         )
-    scheduler = Scheduler(ladder, limits, costs.model)
+    scheduler = Scheduler(ladder, limits, devices[0].costs.model)
     _return_memory()
-    return Loaded(card, backend, tokenizer, ladder, costs, admission, scheduler, offered, reasons)
+    return Loaded(card, devices, tokenizer, ladder, scheduler, offered, reasons)
 
 
 def embed(backend: Backend, tokenizer: Tokenizer, texts: Sequence[str], bytes_max: int) -> "npt.NDArray[np.float32]":
@@ -136,31 +163,3 @@ def _return_memory() -> None:
     """Gives the heap that loading used back to the system (63 MB with MiniLM); glibc keeps it otherwise."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def _budget(config: EngineConfig, costs: CostTracker, reasons: dict[str, str]) -> int:
-    if config.batch_tokens != "auto":
-        reasons["batch_tokens"] = f"{config.batch_tokens}: configured"
-        return config.batch_tokens
-    budget = costs.model.budget_tokens()
-    reasons["batch_tokens"] = (
-        f"{budget}: a larger batch gains less than 5%, or lasts longer than online texts should wait"
-    )
-    return budget
-
-
-def _cost_reason(costs: CostTracker, samples: Sequence[Sample]) -> str:
-    model = costs.model
-    return (
-        f"{model.launch_s * 1e3:.2f} ms a batch + {model.token_s * 1e6:.1f} us a token + "
-        f"{model.attention_s * 1e9:.2f} ns a token pair + {model.row_s * 1e6:.1f} us a row; "
-        f"{len(samples)} shapes measured, mean error {relative_error(model, samples):.0%}"
-    )
-
-
-def _memory_reason(admission: Admission) -> str:
-    if not admission.bytes_per_token:
-        return "not measured on a CPU; lowered when memory runs out"
-    return (
-        f"{admission.bytes_per_token / 1024:.1f} KiB a token at the peak, at most {admission.tokens_max} tokens a batch"
-    )

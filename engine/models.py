@@ -3,14 +3,14 @@
 A model is a folder in Hugging Face layout: `config.json`, `tokenizer.json` and safetensors weights (pickled
 weights are never read), optionally sentence-transformers' `modules.json` and `1_Pooling`. It comes from a
 pip package that carries it, a path, or the local hub cache; nothing is downloaded unless the configuration
-allows it.
+allows it. Python code that comes with a model is never run.
 
 Fails: `Permanent`, naming the model or the file and the way out.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -29,7 +29,21 @@ _NO_LIMIT: Final = 1 << 20
 # Families whose position table has extra rows in front of position 0.
 _OFFSET_POSITIONS: Final = {"roberta": 2, "xlm-roberta": 2, "camembert": 2, "mpnet": 2}
 
-Kind = Literal["embedding", "classification"]
+# Ends of architectures' names, as config.json states them; any other architecture is an encoder.
+_HEADS: Final[dict[str, "Kind"]] = {
+    "ForSequenceClassification": "classification",
+    "ForTokenClassification": "tokens",
+    "ForCausalLM": "generation",
+    "LMHeadModel": "generation",
+    "ForConditionalGeneration": "generation",
+    "ForImageTextToText": "generation",
+    "ForVision2Seq": "generation",
+}
+# What decides a model's results beside its weights.
+_CONTENT: Final = ("config.json", "tokenizer.json", "vocab.txt", "1_Pooling/config.json", "sentence_bert_config.json")
+_GENERATION_CONTENT: Final = ("generation_config.json", "chat_template.jinja", "processor_config.json")
+
+Kind = Literal["embedding", "classification", "tokens", "generation"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +54,11 @@ class ModelCard:
         name: as configured.
         folder: where it is.
         version: 12 hexadecimal digits over configuration, tokenizer and weights.
-        kind: `classification` when it has a sequence-classification head.
+        kind: by its head: `classification` of sequences, `tokens` (classification of tokens), `generation` of text
+            (causal, encoder-decoder, or from images and text); without one `embedding`.
         length_max: longest input in tokens.
         pooling: how token vectors become one: `mean` or `cls`.
-        labels: of the head, in the order of the logits.
+        labels: of a classification head, in the order of the logits.
         config: the content of `config.json`.
     """
 
@@ -73,45 +88,67 @@ def read_card(model: str, folder: Path) -> ModelCard:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise Permanent(f"model '{model}': {folder} has no safetensors weights (pickled weights are not read)")
-    architectures = config.get("architectures") or [""]
-    has_head = str(architectures[0]).endswith("ForSequenceClassification")
-    labels = {int(key): str(value) for key, value in (config.get("id2label") or {}).items()}
-    return ModelCard(
-        name=model,
-        folder=folder,
-        version=_version(folder, weights),
-        kind="classification" if has_head else "embedding",
-        length_max=_length_max(folder, config),
-        pooling=_pooling(folder),
-        labels=tuple(labels[i] for i in sorted(labels)) if has_head else (),
-        config=config,
-    )
+    try:
+        _require_known(model, folder, config)
+        kind = _kind(folder, config)
+        return ModelCard(
+            name=model,
+            folder=folder,
+            version=_version(folder, weights, kind),
+            kind=kind,
+            length_max=_length_max(folder, config),
+            pooling=_pooling(folder),
+            labels=_labels(config) if kind in {"classification", "tokens"} else (),
+            config=config,
+        )
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise Permanent(f"{folder / 'config.json'}: damaged: {error}; copy or download the model again") from error
 
 
 def load_tokenizer(card: ModelCard) -> Any:
     """The model's `tokenizers.Tokenizer`."""
     from transformers import AutoTokenizer
 
-    with _quiet(), _translated(card, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(str(card.folder), local_files_only=True)
+    with quiet(), translated(card, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(str(card.folder), local_files_only=True, trust_remote_code=False)
         if not tokenizer.is_fast:
             raise Permanent(f"model '{card.name}': it has no fast tokenizer (tokenizer.json)")
         return tokenizer.backend_tokenizer
 
 
 def load_model(card: ModelCard) -> Any:
-    """The transformers model in fp32 and evaluation mode, on the CPU."""
-    import torch
-    from transformers import AutoModel, AutoModelForSequenceClassification
+    """The transformers model in fp32 and evaluation mode, on the CPU.
 
-    kind = AutoModelForSequenceClassification if card.kind == "classification" else AutoModel
-    with _quiet(), _translated(card, "weights"):
-        model, report = kind.from_pretrained(
+    Raises:
+        Permanent: damaged, or a model that generates text.
+    """
+    import torch
+    from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+    if card.kind == "generation":
+        raise Permanent(
+            f"model '{card.name}' generates text ({_architecture(card.config)}): it offers generate, and none of "
+            "embed, classify, novelty and tokens"
+        )
+    heads = {"classification": AutoModelForSequenceClassification, "tokens": AutoModelForTokenClassification}
+    return load_weights(card, heads.get(card.kind, AutoModel), torch.float32)
+
+
+def load_weights(card: ModelCard, factory: Any, dtype: Any) -> Any:
+    """The model that a transformers `Auto...` class makes of a folder, in evaluation mode, on the CPU.
+
+    Raises:
+        Permanent: naming the damaged file, or the first weight that is missing.
+    """
+    _check_weights(card)
+    with quiet(), translated(card, "weights"):
+        model, report = factory.from_pretrained(
             str(card.folder),
-            dtype=torch.float32,
+            dtype=dtype,
             attn_implementation="sdpa",
             local_files_only=True,
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     # transformers fills what is missing with random numbers and only logs it. The pooler of a bare encoder
@@ -183,9 +220,9 @@ def _pooling(folder: Path) -> Literal["mean", "cls"]:
     return "cls" if cls else "mean"
 
 
-def _version(folder: Path, weights: list[Path]) -> str:
+def _version(folder: Path, weights: list[Path], kind: Kind) -> str:
     digest = hashlib.blake2b(digest_size=6)
-    for name in ("config.json", "tokenizer.json", "vocab.txt", "1_Pooling/config.json", "sentence_bert_config.json"):
+    for name in (*_CONTENT, *(_GENERATION_CONTENT if kind == "generation" else ())):
         file = folder / name
         digest.update(file.read_bytes() if file.exists() else b"-")
     for file in weights:
@@ -197,19 +234,88 @@ def _version(folder: Path, weights: list[Path]) -> str:
     return digest.hexdigest()
 
 
+def _architecture(config: dict[str, Any]) -> str:
+    """As config.json states it, or nothing."""
+    return str((config.get("architectures") or [""])[0])
+
+
+def _kind(folder: Path, config: dict[str, Any]) -> Kind:
+    architecture = _architecture(config)
+    kind: Kind = next((kind for end, kind in _HEADS.items() if architecture.endswith(end)), "embedding")
+    # Embedding models that were made from a language model keep its architecture's name.
+    made_to_embed = kind == "generation" and (folder / "modules.json").exists()
+    return "embedding" if made_to_embed else kind
+
+
+def _labels(config: dict[str, Any]) -> tuple[str, ...]:
+    labels = {int(key): str(value) for key, value in (config.get("id2label") or {}).items()}
+    if sorted(labels) != list(range(len(labels))) or not labels:
+        raise ValueError("id2label does not name the labels 0, 1, 2, ...")
+    return tuple(labels[i] for i in range(len(labels)))
+
+
+def _require_known(model: str, folder: Path, config: dict[str, Any]) -> None:
+    """Refuses what the installed transformers cannot load without running code of the model's own."""
+    import transformers
+
+    architecture, family = _architecture(config), config.get("model_type")
+    if config.get("auto_map") and not hasattr(transformers, architecture):
+        raise Permanent(
+            f"model '{model}': {folder / 'config.json'} asks for Python code of its own (auto_map, {architecture}), "
+            "and such code is never run. Choose a model that transformers knows, or a conversion of this one to it"
+        )
+    if not isinstance(family, str) or family not in _families():
+        raise Permanent(
+            f"model '{model}': {folder / 'config.json'} names the architecture {family!r}, which transformers "
+            f"{transformers.__version__} does not know. Upgrade transformers, or choose another model"
+        )
+
+
+def _families() -> Container[str]:
+    """Every `model_type` that the installed transformers knows."""
+    from transformers.models.auto import configuration_auto
+
+    return configuration_auto.CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
+
+
+def _check_weights(card: ModelCard) -> None:
+    """Names the file that is damaged or missing; transformers names the folder at best. Reads headers only."""
+    from safetensors import SafetensorError, safe_open
+
+    again = "copy or download the model again"
+    index = card.folder / "model.safetensors.index.json"
+    for name in sorted(set(map(str, _optional_json(index).get("weight_map", {}).values()))):
+        if not (card.folder / name).exists():
+            raise Permanent(f"model '{card.name}': cannot load the weights: {card.folder / name} is missing; {again}")
+    for file in sorted(card.folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            with file.open("rb") as content:
+                pointer = content.read(24).startswith(b"version https://git-lfs")
+            why = (
+                "a Git LFS pointer instead of weights: run 'git lfs pull'" if pointer else f"damaged ({error}); {again}"
+            )
+            raise Permanent(f"model '{card.name}': cannot load the weights: {file}: {why}") from error
+
+
 @contextmanager
-def _translated(card: ModelCard, what: str) -> Iterator[None]:
+def translated(card: ModelCard, what: str) -> Iterator[None]:
+    """Whatever a library raises for a damaged model, as Permanent."""
     try:
         yield
     except Permanent:
         raise
     except Exception as error:  # transformers, safetensors and tokenizers raise what they like for damage
-        first = str(error).strip().partition("\n")[0]
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        if what == "tokenizer" and not (card.folder / "tokenizer.json").exists():
+            first = f"it has no tokenizer.json; copy or download it again ({first})"
         raise Permanent(f"model '{card.name}': cannot load the {what} from {card.folder}: {first}") from error
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no advice from transformers while it loads; as it was afterwards."""
     from transformers.utils import logging
 

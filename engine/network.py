@@ -27,9 +27,14 @@ class Encoder(Protocol):
 
 
 class BertEncoder(nn.Module):
-    """BERT's encoder, fused. Takes over the weights of `source`, a transformers BertModel."""
+    """BERT's encoder, fused.
 
-    def __init__(self, source: Any) -> None:
+    Args:
+        source: a transformers BertModel; its weights are taken over.
+        classifier: from the pooled first token to logits; None without a sequence-classification head.
+    """
+
+    def __init__(self, source: Any, classifier: nn.Module | None = None) -> None:
         super().__init__()
         config = source.config
         embeddings = source.embeddings
@@ -39,16 +44,21 @@ class BertEncoder(nn.Module):
         position = embeddings.position_embeddings.weight + embeddings.token_type_embeddings.weight[0]
         self.position = nn.Parameter(position.detach().clone(), requires_grad=False)
         self.norm = embeddings.LayerNorm
-        self.layers = nn.ModuleList(_Layer(layer, self.heads) for layer in source.encoder.layer)
+        self.layers = nn.ModuleList(BertLayer(layer, self.heads) for layer in source.encoder.layer)
+        self.head = None if classifier is None else nn.Sequential(source.pooler.dense, nn.Tanh(), classifier)
         self.requires_grad_(False)
 
-    def forward(self, ids: Tensor, keep: Tensor | None) -> tuple[Tensor, None]:
+    def bert_layers(self) -> list["BertLayer"]:
+        """The layers, from first to last."""
+        return [layer for layer in self.layers if isinstance(layer, BertLayer)]
+
+    def forward(self, ids: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """See `Encoder`."""
         x = self.norm(F.embedding(ids, self.word) + self.position[: ids.shape[1]])
         mask = None if keep is None else keep[:, None, None, :]
         for layer in self.layers:
             x = layer(x, mask)
-        return x, None
+        return x, None if self.head is None else self.head(x[:, 0])
 
     @staticmethod
     def fits(config: Any) -> bool:
@@ -63,7 +73,14 @@ class BertEncoder(nn.Module):
         )
 
 
-class _Layer(nn.Module):
+class BertLayer(nn.Module):
+    """One layer of BERT's encoder, with the projections of attention in one.
+
+    Args:
+        source: a transformers BertLayer; its weights are taken over.
+        heads: of attention.
+    """
+
     def __init__(self, source: Any, heads: int) -> None:
         super().__init__()
         attention = source.attention.self
@@ -80,6 +97,7 @@ class _Layer(nn.Module):
         self.norm_down = source.output.LayerNorm
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Token vectors to token vectors, [rows, length, width]; `mask` is true where attention may look."""
         rows, length, width = x.shape
         qkv = self.qkv(x).view(rows, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
@@ -153,8 +171,39 @@ class Network(nn.Module):
         return total.sum(1) / lengths[:, None].float()
 
 
+class TokenNetwork(Network):
+    """A model with a token-classification head: logits for each token, no pooling.
+
+    Args:
+        encoder: token ids to token vectors, or a whole transformers model with its head when `classifier` is None.
+        classifier: from token vectors to logits.
+        length_max: as for `Network`.
+    """
+
+    def __init__(self, encoder: nn.Module, classifier: nn.Module | None, length_max: int) -> None:
+        super().__init__(encoder, "mean", length_max)
+        self.classifier = classifier
+        self.requires_grad_(False)
+
+    def forward(self, ids: Tensor, lengths: Tensor, *, full: bool) -> Tensor:
+        """Logits, float32 [rows, length, labels]; those of padding mean nothing. See `Network`."""
+        keep = None if full else self.keep_table[:, : ids.shape[1]].index_select(0, lengths)
+        if self.classifier is not None:
+            logits: Tensor = self.classifier(self.encoder(ids, keep)[0])
+        else:
+            mask = torch.ones_like(ids) if keep is None else keep.long()
+            logits = self.encoder(input_ids=ids, attention_mask=mask).logits
+        return logits.float()
+
+
 def build(model: Any, card: ModelCard, pooling: Literal["mean", "cls"], length_max: int) -> Network:
     """The fastest exact network for a loaded transformers model; it shares the model's weights."""
+    if card.kind == "tokens":
+        if BertEncoder.fits(model.config):
+            return TokenNetwork(BertEncoder(model.bert), model.classifier, length_max).eval()
+        return TokenNetwork(model, None, length_max).eval()
     if card.kind == "embedding" and BertEncoder.fits(model.config):
         return Network(BertEncoder(model), pooling, length_max).eval()
+    if card.kind == "classification" and BertEncoder.fits(model.config):
+        return Network(BertEncoder(model.bert, model.classifier), pooling, length_max).eval()
     return Network(PlainEncoder(model, head=card.kind == "classification"), pooling, length_max).eval()

@@ -8,16 +8,20 @@ known to the result cache needs neither tokenizer nor device.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from engine.config import CacheConfig
 from engine.results import DiskResults, MemoryResults, Output, ResultStore
 from engine.token_cache import TokenCache
+from engine.token_pool import TokenPool
 from engine.tokens import Tokenizer, Tokens, check, content_key
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+# A tokenizer without special tokens makes nothing of, say, zero-width characters.
+_NO_TOKENS: Final = "the tokenizer finds no token in it: nothing to analyse"
 
 
 @dataclass(slots=True)
@@ -58,6 +62,8 @@ class Preparer:
         text_bytes_max: longer texts are refused.
         config: of the caches.
         on_damage: told when a cache turns out to be damaged.
+        processes: children that tokenise (see `token_pool`); 0 for none.
+        vocabulary: tokens that the model knows; 0 when it does not say.
     """
 
     def __init__(
@@ -67,21 +73,25 @@ class Preparer:
         text_bytes_max: int,
         config: CacheConfig,
         on_damage: Callable[[str], None],
+        processes: int = 0,
+        vocabulary: int = 0,
     ) -> None:
-        self._tokenizer = tokenizer
+        # Some tokenizers have tokens that the model has not, and never use them; a GPU that meets one is lost.
+        self._ids_max = vocabulary if 0 < vocabulary < tokenizer.vocabulary else 0
         self._model_key = model_key
         self._text_bytes_max = text_bytes_max
         self._skip = frozenset(config.skip_streams)
-        self._tokens = _token_cache(config, tokenizer)
+        self._tokens = _token_cache(config, tokenizer, on_damage)
         self._results = _result_store(config, on_damage)
+        self._pool = TokenPool(tokenizer, processes, on_trouble=on_damage) if processes else None
+        self._encode = self._pool.encode if self._pool else tokenizer.encode
         self.counts = CacheCounts()
-        directory = config.directory
-        if directory and self._tokens is not None and not self._tokens.persistent:
-            on_damage(f"token cache: {directory} is in use by another process; this one keeps its cache in memory")
 
     def prepare(self, texts: Sequence[object], stream: str) -> list[Prepared]:
         """One result per text, in order."""
         cached = not self._skip & {stream, "*"}
+        if self._tokens is not None:
+            self._tokens.refresh()
         prepared, left = [], []
         for text in texts:
             item = self._look_up(text, cached=cached)
@@ -102,7 +112,9 @@ class Preparer:
         return self._results is not None and not self._skip & {stream, "*"}
 
     def close(self) -> None:
-        """Closes the caches. Idempotent."""
+        """Closes the caches and ends the children. Idempotent."""
+        if self._pool is not None:
+            self._pool.close()
         if self._tokens is not None:
             self._tokens.close()
             self._tokens = None
@@ -144,16 +156,39 @@ class Preparer:
             return
         # Identical texts of one call are tokenised once.
         distinct = {item.key: text for item, text in left}
-        encoded = self._tokenizer.encode(list(distinct.values()))
-        tokens: dict[bytes, Tokens] = dict(zip(distinct, encoded, strict=True))
+        tokens = dict(zip(distinct, self._encoded(list(distinct.values())), strict=True))
         for item, _ in left:
-            item.ids, item.dropped = tokens[item.key].ids, tokens[item.key].dropped
+            each = tokens[item.key]
+            if isinstance(each, str):
+                item.error = each
+            else:
+                item.ids, item.dropped = each.ids, each.dropped
         if cached and self._tokens is not None:
-            for key, value in tokens.items():
-                self._tokens.put(key[:16], value.ids, value.dropped)
+            for key, each in tokens.items():
+                if not isinstance(each, str):
+                    self._tokens.put(key[:16], each.ids, each.dropped)
+
+    def _encoded(self, texts: list[str]) -> list[Tokens | str]:
+        """Tokens, or what is wrong with that text alone."""
+        try:
+            return [self._wrong(tokens) or tokens for tokens in self._encode(texts)]
+        except BaseException as error:  # a panic in Rust is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
+            if len(texts) == 1:
+                # Its message may quote the text, and messages are logged.
+                return [f"the tokenizer failed on it: {type(error).__name__}"]
+            return [self._encoded([text])[0] for text in texts]
+
+    def _wrong(self, tokens: Tokens) -> str:
+        if not len(tokens.ids):
+            return _NO_TOKENS
+        if self._ids_max and (highest := int(tokens.ids.max())) >= self._ids_max:
+            return f"token {highest} is unknown to the model, which has {self._ids_max}: the tokenizer of another one?"
+        return ""
 
 
-def _token_cache(config: CacheConfig, tokenizer: Tokenizer) -> TokenCache | None:
+def _token_cache(config: CacheConfig, tokenizer: Tokenizer, on_damage: Callable[[str], None]) -> TokenCache | None:
     if not config.token_bytes_max:
         return None
     return TokenCache(
@@ -162,13 +197,17 @@ def _token_cache(config: CacheConfig, tokenizer: Tokenizer) -> TokenCache | None
         version=tokenizer.version,
         width=tokenizer.id_width,
         directory=Path(config.directory) if config.directory else None,
+        on_damage=on_damage,
     )
 
 
 def _result_store(config: CacheConfig, on_damage: Callable[[str], None]) -> ResultStore | None:
     if not config.result_bytes_max:
         return None
-    if not config.directory:
-        return MemoryResults(config.result_bytes_max, config.result_ttl_s)
-    directory = Path(config.directory) / "results"
-    return DiskResults(directory, config.result_bytes_max, config.result_ttl_s, on_damage)
+    if config.directory:
+        directory = Path(config.directory) / "results"
+        try:
+            return DiskResults(directory, config.result_bytes_max, config.result_ttl_s, on_damage)
+        except Exception as error:  # noqa: BLE001 - OSError, and sqlite3 and diskcache raise many kinds
+            on_damage(f"result cache: {directory} cannot be used ({type(error).__name__}); it stays in memory")
+    return MemoryResults(config.result_bytes_max, config.result_ttl_s)

@@ -1,119 +1,103 @@
-"""The thread that keeps the device busy: takes batches from the scheduler, runs them, hands out results.
+"""The queue that several devices work on: each takes the next batch when it is free.
+
+So the load is shared as the devices are really fast, and nothing waits behind a slow one. What is there for
+several idle devices is shared out between them.
 
 Invariants: whatever was added is reported exactly once (an output, an error, or expired), unless it was
-cancelled before its batch began; a batch that fails is split until the text that fails is alone, so that it
-fails alone; out of memory first gives back what the allocator holds, lowers the limit, and splits.
+cancelled before its batch began. Texts whose device died are run once more, each alone, so that one that kills
+devices fails alone and its neighbours do not.
 
-The scheduler is guarded by one lock; `on_report` is called on this thread, outside of the lock.
+The scheduler is guarded by one lock; `on_report` and `on_event` are called on the devices' threads, outside of
+the lock, and must not block.
 """
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from engine.backend import Backend, DeviceOutOfMemory
-from engine.cost import CostTracker
+from engine.backend import DeviceLost
+from engine.cost import Sample
+from engine.driver import Driver, Job, Report
+from engine.failures import EngineStopped
+from engine.fleet import Device, DeviceEvent, DeviceStats, EventKind, Recovery
 from engine.lane import Item, Priority
-from engine.memory import Admission
 from engine.scheduler import Scheduler
-from sluice.errors import Retryable, SluiceError
+from sluice.backoff import Backoff
+from sluice.errors import Retryable
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    Row = npt.NDArray[np.floating[Any]]
-
-
-@dataclass(slots=True)
-class Report:
-    """What became of a batch.
-
-    Attributes:
-        outputs: per item id, a row or what went wrong with that item alone.
-        expired: ids whose deadline passed while they waited.
-        rows: texts computed.
-        length: padded length in tokens.
-        tokens: real tokens.
-        padded_tokens: tokens computed.
-        seconds: device time.
-        splits: times a batch was split after a failure.
-    """
-
-    outputs: "dict[int, Row | Exception]" = field(default_factory=dict)
-    expired: tuple[int, ...] = ()
-    rows: int = 0
-    length: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    seconds: float = 0.0
-    splits: int = 0
-
-
-@dataclass(slots=True)
-class _Job:
-    items: Sequence[Item]
-    rows: "Sequence[npt.NDArray[np.int32]]"
-    length: int
-    started_s: float
-    ticket: object = None
-    error: Exception | None = None
+__all__ = ["Report", "Runner"]
 
 
 class Runner:
-    """Drives one backend. `run` is the body of its thread.
+    """Drives devices from one queue. `run` is the body of the first device's thread; the others get their own.
 
     Args:
-        backend: driven by the thread that calls `run` only.
+        devices: at least one; owned by this object while it runs.
         scheduler: owned by this object from now on.
-        costs: refined with every batch.
-        admission: the limit of memory.
-        on_report: takes each report; must not block.
+        on_report: takes each report.
+        on_event: takes what happens to devices.
+        recovery: of devices that die.
         clock: monotonic seconds, the one that items' times are on.
     """
 
     def __init__(
         self,
-        backend: Backend,
+        devices: Sequence[Device],
         scheduler: Scheduler,
-        costs: CostTracker,
-        admission: Admission,
         on_report: Callable[[Report], None],
+        *,
+        on_event: Callable[[DeviceEvent], None] = lambda _: None,
+        recovery: Recovery | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._backend = backend
+        assert devices, "a runner needs a device"
+        self.stopping = False
+        self._devices = tuple(devices)
         self._scheduler = scheduler
-        self._costs = costs
-        self._admission = admission
         self._on_report = on_report
+        self._on_event = on_event
+        self._recovery = recovery or Recovery()
         self._clock = clock
         self._rows: dict[int, npt.NDArray[np.int32]] = {}  # token ids of what waits
         self._changed = threading.Condition()
-        self._stopping = False
-        self._last_end_s = 0.0
-        self.busy_s = 0.0
+        self._idle = 0
+        self._refusing = ""
+        self._none_since_s = float("inf")  # since when no device is alive
+        self._crash: BaseException | None = None
+        self._rate()
 
     @property
     def queued_tokens(self) -> int:
         """Tokens that wait."""
         return self._scheduler.queued_tokens
 
+    @property
+    def busy_s(self) -> float:
+        """Time that the devices computed, added up."""
+        return sum(device.busy_s for device in self._devices)
+
+    def devices(self) -> tuple[DeviceStats, ...]:
+        """Figures of each device."""
+        return tuple(device.snapshot() for device in self._devices)
+
     def add(self, items: Sequence[Item], rows: "Sequence[npt.NDArray[np.int32]]") -> None:
         """Accepts all items with their token ids, or none.
 
         Raises:
             Backpressure: the queue is full.
-            Retryable: the engine is stopping.
+            Retryable: the engine is stopping, or has had no device for too long.
         """
         with self._changed:
-            if self._stopping:
-                raise Retryable("the engine is stopping")
+            if self.stopping or self._refusing:
+                raise Retryable(self._refusing or "the engine is stopping")
             self._scheduler.add(items)
             self._rows.update((item.id, row) for item, row in zip(items, rows, strict=True))
-            self._changed.notify()
+            self._changed.notify_all()
 
     def cancel(self, item_ids: Sequence[int]) -> list[int]:
         """Drops those of the items that still wait, and returns them; they are not reported."""
@@ -131,114 +115,153 @@ class Runner:
     def stop(self) -> None:
         """Ends `run` after what is under way; what still waits is reported as an error. Idempotent."""
         with self._changed:
-            self._stopping = True
-            self._changed.notify()
+            self.stopping = True
+            self._changed.notify_all()
 
     def run(self) -> None:
-        """Works until stopped."""
-        under_way: deque[_Job] = deque()
-        while True:
-            room = len(under_way) < self._backend.info.depth
-            job = self._next(wait=not under_way) if room else None
-            if job is not None:
-                self._start(job)
-                under_way.append(job)
-            elif under_way:
-                self._finish(under_way.popleft())
-            elif self._stopping:
-                break
-        self._abandon()
+        """Works until stopped, or until no device is left that could be brought back.
 
-    def _next(self, *, wait: bool) -> _Job | None:
+        Raises:
+            Retryable: no device is left.
+            Exception: a driver's own failure, a bug; the others were stopped.
+        """
+        others = [
+            threading.Thread(target=self._drive, args=(device,), name=f"engine-{device.name}", daemon=True)
+            for device in self._devices[1:]
+        ]
+        for thread in others:
+            thread.start()
+        self._drive(self._devices[0])
+        for thread in others:
+            thread.join()
+        left_alone = not self.stopping
+        self.stop()
+        self._abandon("the engine stopped")
+        if self._crash is not None:
+            raise self._crash
+        if left_alone:
+            raise Retryable("no device is left: all of them died and cannot be opened anew")
+
+    def _drive(self, device: Device) -> None:
+        backoff = Backoff(self._recovery.first_s, self._recovery.max_s)
+        try:
+            Driver(device, self, backoff, self._clock).run()
+        except BaseException as error:  # noqa: BLE001 - `run` raises it, whichever thread it was
+            self._crash = self._crash or error
+            self.stop()
+
+    def take(self, device: Device, *, wait: bool) -> Job | None:
+        """See `Source`.
+
+        Raises:
+            DeviceLost: the device died while it waited.
+        """
         with self._changed:
-            while wait and not self._stopping and not len(self._scheduler):
+            while wait and not (self.stopping or device.died or len(self._scheduler)):
+                self._idle += 1
                 self._changed.wait()
-            if self._stopping:
+                self._idle -= 1
+            if self.stopping:
                 return None
-            assignment = self._scheduler.next_batch(self._clock(), self._admission.tokens_max)
-            items = assignment.batch
-            rows = [self._rows.pop(item.id) for item in items]
+            if device.died:
+                raise DeviceLost("it ended while it had nothing to do")
+            terms = device.terms(self._scheduler.queued_tokens, self._idle + 1)
+            assignment = self._scheduler.next_batch(self._clock(), terms)
+            rows = [self._rows.pop(item.id) for item in assignment.batch]
             expired = tuple(item.id for item in assignment.expired)
             for item_id in expired:
                 del self._rows[item_id]
         if expired:
             self._on_report(Report(expired=expired))
-        if not items:
-            return None
-        return _Job(items, rows, self._padded(rows, assignment.length), self._clock())
+        return Job(assignment.batch, rows, assignment.length) if rows else None
 
-    def _padded(self, rows: "Sequence[npt.NDArray[np.int32]]", edge: int) -> int:
-        return max(len(row) for row in rows) if self._backend.info.exact_lengths else edge
+    def give_back(self, job: Job, report: Report, why: DeviceLost) -> None:
+        """See `Source`: each text gets one more try, alone."""
+        retried = []
+        for item in job.items:
+            if item.id in report.outputs:
+                continue
+            if item.alone:
+                report.outputs[item.id] = Retryable(f"a device died on this text, and another one before: {why}")
+            else:
+                retried.append(item)
+        rows = {item.id: row for item, row in zip(job.items, job.rows, strict=True)}
+        with self._changed:
+            self._scheduler.retry(retried)
+            self._rows.update((item.id, rows[item.id]) for item in retried)
+            self._changed.notify_all()
+        if report.outputs:
+            report.rows = len(report.outputs)
+            report.tokens = sum(len(rows[item_id]) for item_id in report.outputs)
+            report.padded_tokens = max(report.padded_tokens, report.tokens)
+            self._on_report(report)
 
-    def _start(self, job: _Job) -> None:
-        try:
-            job.ticket = self._backend.submit(job.rows, job.length)
-        except Exception as error:  # noqa: BLE001 - whatever a device raises concerns this batch
-            job.error = error
-
-    def _finish(self, job: _Job) -> None:
-        report = Report(rows=len(job.items), length=job.length, tokens=sum(len(row) for row in job.rows))
-        if self._collect(job, report):
-            self._admission.succeeded()
-        end_s = self._clock()
-        # Batches overlap: a batch's own time begins when the one before it ended.
-        report.seconds = end_s - max(job.started_s, self._last_end_s)
-        self._last_end_s = end_s
-        self.busy_s += report.seconds
-        if not report.splits:
-            self._observe(len(job.items), job.length, report.seconds)
+    def report(self, report: Report) -> None:
+        """See `Source`."""
         self._on_report(report)
 
-    def _observe(self, rows: int, length: int, seconds: float) -> None:
-        if self._costs.observe(rows, length, seconds):
+    def observe(self, device: Device, sample: Sample) -> None:
+        """See `Source`."""
+        with self._changed:
+            if device.costs.observe(sample):
+                self._scheduler.cost = device.costs.model
+                self._rate()
+
+    def wake(self) -> None:
+        """See `Source`."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def pause(self, seconds: float) -> bool:
+        """See `Source`; meanwhile, the time without any device may run out."""
+        end_s = time.monotonic() + seconds
+        while not self.stopping and (left_s := end_s - time.monotonic()) > 0:
+            self._check_down()
             with self._changed:
-                self._scheduler.cost = self._costs.model
+                if self._none_since_s < float("inf") and not self._refusing:
+                    left_s = min(left_s, max(0.0, self._none_since_s + self._recovery.gone_s_max - self._clock()))
+                if not self.stopping:
+                    self._changed.wait(left_s)
+        self._check_down()
+        return not self.stopping
 
-    def _collect(self, job: _Job, report: Report) -> bool:
-        """Gathers a job's outputs into the report, splitting it when it fails. True when it ran as a whole."""
-        if job.error is None:
-            try:
-                rows = self._backend.collect(job.ticket)
-                report.outputs.update((item.id, row) for item, row in zip(job.items, rows, strict=True))
-            except Exception as error:  # noqa: BLE001 - as in _start
-                job.error = error
-            else:
-                report.padded_tokens += len(job.items) * job.length
-                return True
-        self._recover(job, job.error, report)
-        return False
+    def tell(self, kind: EventKind, device: Device, detail: str) -> None:
+        """See `Source`."""
+        with self._changed:
+            self._rate()
+            none = not any(each.alive for each in self._devices)
+            self._none_since_s = min(self._none_since_s, self._clock()) if none else float("inf")
+            back = bool(self._refusing) and not none
+            if back:
+                self._refusing = ""
+        self._on_event(DeviceEvent(kind, device.name, detail))
+        if back:
+            self._on_event(DeviceEvent("up", device.name))
+        if kind == "lost" and none and all(each.reopen is None for each in self._devices):
+            self._go_down("all of them died and cannot be opened anew")
+        self._check_down()
 
-    def _recover(self, job: _Job, error: Exception, report: Report) -> None:
-        no_memory = isinstance(error, DeviceOutOfMemory)
-        if no_memory:
-            self._backend.empty_cache()
-            self._admission.failed(len(job.rows) * job.length)
-        if len(job.items) == 1:
-            if no_memory and self._retry_alone(job, report):
+    def _check_down(self) -> None:
+        none_s = self._clock() - self._none_since_s
+        if none_s >= self._recovery.gone_s_max and not self._refusing:
+            self._go_down(f"none for {none_s:.0f} s")
+
+    def _go_down(self, why: str) -> None:
+        """No device: refuses calls, and does not let anybody wait for nothing."""
+        with self._changed:
+            if self._refusing or self.stopping:
                 return
-            report.outputs[job.items[0].id] = _described(error, job.length)
-            return
-        report.splits += 1
-        # By length, so that the half of the shorter texts is padded less.
-        order = sorted(range(len(job.rows)), key=lambda i: len(job.rows[i]))
-        middle = len(order) // 2
-        for part in (order[:middle], order[middle:]):
-            rows = [job.rows[i] for i in part]
-            half = _Job([job.items[i] for i in part], rows, self._padded(rows, job.length), job.started_s)
-            self._start(half)
-            self._collect(half, report)
+            self._refusing = f"no device is left to run on: {why}"
+        self._on_event(DeviceEvent("down", "", why))
+        self._abandon(self._refusing)
 
-    def _retry_alone(self, job: _Job, report: Report) -> bool:
-        """A single text that did not fit is tried once more with the allocator's cache emptied."""
-        try:
-            (row,) = self._backend.collect(self._backend.submit(job.rows, job.length))
-        except Exception:  # noqa: BLE001 - the first error is reported
-            return False
-        report.outputs[job.items[0].id] = row
-        report.padded_tokens += job.length
-        return True
+    def _rate(self) -> None:
+        """Keeps the scheduler informed of how fast all devices are together."""
+        rate = sum(device.tokens_per_s for device in self._devices if device.alive)
+        if rate > 0:
+            self._scheduler.token_s = 1 / rate
 
-    def _abandon(self) -> None:
+    def _abandon(self, why: str) -> None:
         """Reports what still waits."""
         with self._changed:
             left = list(self._rows)
@@ -246,10 +269,4 @@ class Runner:
                 self._scheduler.cancel(item_id)
             self._rows.clear()
         if left:
-            self._on_report(Report(outputs={item_id: Retryable("the engine stopped") for item_id in left}))
-
-
-def _described(error: Exception, length: int) -> SluiceError:
-    if isinstance(error, DeviceOutOfMemory):
-        return Retryable(f"a text of {length} tokens does not fit into the device's memory: {error}")
-    return Retryable(f"inference failed: {type(error).__name__}: {error}")
+            self._on_report(Report(outputs={item_id: EngineStopped(why) for item_id in left}))

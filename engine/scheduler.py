@@ -3,19 +3,19 @@
 Rules, in their order:
 
 * Work-conserving: while anything waits, `next_batch` gives a batch; an idle device never waits for a fuller
-  one.
-* Which bucket leads: urgency is age over the longest wait of the item's priority, raised by a near deadline;
-  at 1 an item is overdue. While nobody is, the fullest bucket leads, with half a weight on urgency. Once
-  anybody is, online leads before background, but while background is overdue for at most `online_batches`
-  batches in a row: then the most overdue background item leads. So online waits for two batches at most beyond
-  what is online before it, however long the backlog is, and nothing starves, since what leads is always the
-  most urgent of its priority and the queue is bounded.
-* The leading bucket fills the batch up to the token budget, the leading priority first, each by due time (a
-  batch led by one online text is thus filled up with background); what room is left is filled from the next
-  smaller buckets as long as the cost model says that riding along, padded, is cheaper than waiting for a batch
-  of their own.
-* Padded tokens (rows times edge) never exceed the budget, except for a single text that is longer than the
-  budget.
+  one. Any number of devices may ask, each on its own terms.
+* What leads: urgency is age over the longest wait of the item's priority, raised by a near deadline; at 1 an
+  item is overdue. While nobody is, the class of lengths that makes the most useful batch leads, with half a
+  weight on urgency. Once anybody is, online leads before background, but while background is overdue for at
+  most `online_batches` batches in a row: then the most overdue background item leads. So online waits for two
+  batches at most beyond what is online before it, however long the backlog is, and nothing starves, since what
+  leads is always the most urgent of its priority and the queue is bounded.
+* A padded batch is filled from neighbouring lengths as long as the cost model says that riding along, padded,
+  is cheaper than a batch of their own (`fill`); a packed one from any lengths, the nearest first. The leading
+  priority goes first, each by due time, so a batch led by one online text is filled up with background.
+* Tokens never exceed the budget, except for a single text that is longer: rows times the longest row's class
+  in a padded batch, real tokens in a packed one.
+* An item that is to run alone (a device died on it) leads as any other, and shares its batch with nobody.
 * What is past its deadline is returned as expired before it costs compute.
 * Back-pressure: a call is accepted whole or refused whole, by tokens waiting; a share of the queue is for
   online calls.
@@ -24,17 +24,20 @@ Fails: `add` raises Backpressure; nothing else does.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 from typing import Final
 
 from engine.buckets import Ladder
 from engine.cost import CostModel
+from engine.fill import Filling
 from engine.lane import Item, Lane, Priority
 from sluice.errors import Backpressure
 
 RETRY_AFTER_S_MIN: Final = 0.05
 RETRY_AFTER_S_MAX: Final = 60.0
+# Where items stand that run alone: beside the classes of lengths.
+_ALONE: Final = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ class Limits:
     """What bounds batches and the queue.
 
     Attributes:
-        batch_tokens: padded tokens per batch.
+        batch_tokens: tokens per batch, where the device that asks says nothing else.
         batch_rows: texts per batch.
         queue_tokens: tokens that may wait.
         online_share: share of `queue_tokens` that background calls cannot use.
@@ -59,12 +62,27 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Terms:
+    """The terms on which a device takes a batch.
+
+    Attributes:
+        tokens: budget: padded tokens, or real ones when it is packed.
+        cost: of this device.
+        packed: it computes no padding.
+    """
+
+    tokens: int
+    cost: CostModel
+    packed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Assignment:
     """What to do now: run `batch` (empty when nothing waits), refuse `expired`.
 
     Attributes:
         batch: in no promised order.
-        length: the leading bucket's edge in tokens; every item fits in it.
+        length: the edge of the longest item's class in tokens; every item fits in it.
         expired: items whose deadline has passed.
     """
 
@@ -77,16 +95,22 @@ class Scheduler:
     """The queue.
 
     Args:
-        ladder: the length buckets.
+        ladder: the classes of lengths.
         limits: the bounds.
-        cost: the cost model; `scheduler.cost` may be replaced at any time.
+        cost: of the devices, roughly: it orders, each device's own terms decide; may be replaced at any time.
+
+    Attributes:
+        token_s: seconds in which all devices together compute one waiting token; kept by whoever drives them.
     """
 
     def __init__(self, ladder: Ladder, limits: Limits, cost: CostModel) -> None:
         self.limits = limits
         self.cost = cost
+        self.token_s = cost.typical_token_s + cost.launch_s / limits.batch_tokens
         self._ladder = ladder
-        self._lanes = [(Lane(), Lane()) for _ in ladder.edges]
+        # The last pair is for what runs alone.
+        self._lanes = [(Lane(), Lane()) for _ in range(len(ladder.edges) + 1)]
+        self._waiting = [0] * len(ladder.edges)
         self._items: dict[int, Item] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._queued_tokens = 0
@@ -113,8 +137,7 @@ class Scheduler:
         excess = self._queued_tokens + tokens - limit
         if excess <= 0:
             return 0.0
-        per_token_s = self.cost.batch_s(1, self.limits.batch_tokens) / self.limits.batch_tokens
-        return min(max(excess * per_token_s, RETRY_AFTER_S_MIN), RETRY_AFTER_S_MAX)
+        return min(max(excess * self.token_s, RETRY_AFTER_S_MIN), RETRY_AFTER_S_MAX)
 
     def add(self, items: Sequence[Item]) -> None:
         """Accepts all items or none.
@@ -134,6 +157,11 @@ class Scheduler:
         for item in items:
             self._enqueue(item)
 
+    def retry(self, items: Iterable[Item]) -> None:
+        """Takes back items whose batch was lost with its device; each will run alone. Never refused."""
+        for item in items:
+            self._enqueue(replace(item, alone=True))
+
     def cancel(self, item_id: int) -> bool:
         """Drops a waiting item. False when it does not wait (any more)."""
         if item_id not in self._items:
@@ -149,59 +177,66 @@ class Scheduler:
         item = self._items.get(item_id)
         if item is None:
             return
-        better = Item(
-            item.id, item.tokens, min(item.priority, priority), item.arrived_s, max(item.deadline_s, deadline_s)
-        )
+        better = replace(item, priority=min(item.priority, priority), deadline_s=max(item.deadline_s, deadline_s))
         if better != item:
             self._remove(item_id)
             self._enqueue(better)
 
-    def next_batch(self, now_s: float, tokens_max: int | None = None) -> Assignment:
+    def next_batch(self, now_s: float, terms: Terms | None = None) -> Assignment:
         """The batch to run now.
 
         Args:
             now_s: the time, on the clock of `Item.arrived_s`.
-            tokens_max: a lower budget of padded tokens, when memory is short.
+            terms: of the device that asks; padded, within `limits`, when None.
         """
+        terms = terms or Terms(self.limits.batch_tokens, self.cost)
         expired = tuple(self._expire(now_s))
-        leading = self._lead(now_s)
-        if leading is None:
-            return Assignment((), 0, expired)
-        lead, first = leading
-        edge = self._ladder.edges[lead]
-        budget = min(self.limits.batch_tokens, tokens_max or self.limits.batch_tokens)
-        rows_max = max(1, min(self.limits.batch_rows, budget // edge))
-        batch: list[Item] = []
-        for bucket in range(lead, -1, -1):
-            self._fill(batch, bucket, rows_max, edge, first)
-            if len(batch) == rows_max:
-                break
-        return Assignment(tuple(batch), edge, expired)
-
-    def _fill(self, batch: list[Item], bucket: int, rows_max: int, edge: int, first: Priority) -> None:
-        lanes = self._lanes[bucket]
-        waiting = len(lanes[0]) + len(lanes[1])
-        leads = self._ladder.edges[bucket] == edge
-        if not waiting or not (leads or self._riding_pays(bucket, waiting, edge)):
-            return
-        for lane in (lanes[first], lanes[1 - first]):
-            while lane and len(batch) < rows_max:
-                batch.append(self._take(lane))
-
-    def _riding_pays(self, bucket: int, waiting: int, edge: int) -> bool:
-        """Whether a row of `bucket` costs less padded to `edge` than in a batch of its own bucket."""
-        own = self._ladder.edges[bucket]
-        rows_own = min(waiting, max(1, self.limits.batch_tokens // own))
-        return self.cost.marginal_s(edge) <= self.cost.marginal_s(own) + self.cost.launch_s / rows_own
-
-    def _lead(self, now_s: float) -> tuple[int, Priority] | None:
-        """The bucket that leads, and which priority fills the batch first."""
         if not self._items:
-            return None
-        online, online_urgency = self._most_urgent(Priority.ONLINE, now_s)
-        background, background_urgency = self._most_urgent(Priority.BACKGROUND, now_s)
-        if max(online_urgency, background_urgency) < 1:
-            return self._fullest(now_s), Priority.ONLINE
+            return Assignment((), 0, expired)
+        filling = Filling(self._ladder.edges, self._waiting, terms.tokens, self.limits.batch_rows, terms.cost)
+        lead, first = self._lead(now_s, filling, packed=terms.packed)
+        if lead == _ALONE:
+            batch = [self._take(self._lanes[_ALONE][first])]
+        elif terms.packed:
+            batch = self._packed(lead, first, filling.present, terms.tokens)
+        else:
+            batch = self._padded(lead, first, filling)
+        return Assignment(tuple(batch), max(self._ladder.edge(item.tokens) for item in batch), expired)
+
+    def _padded(self, lead: int, first: Priority, filling: Filling) -> list[Item]:
+        """The most urgent item of the leading class, then riders, the leading priority first."""
+        top = filling.top(lead)
+        rows_max = filling.rows_max(top)
+        riders = filling.riders(top)
+        leading = self._lanes[lead]
+        batch = [self._take(leading[first] or leading[1 - first])]
+        for priority in (first, 1 - first):
+            for bucket in riders:
+                lane = self._lanes[bucket][priority]
+                while lane and len(batch) < rows_max:
+                    batch.append(self._take(lane))
+        return batch
+
+    def _packed(self, lead: int, first: Priority, present: Sequence[int], tokens: int) -> list[Item]:
+        """The most urgent item of the leading class, then any lengths, the nearest first, while they fit."""
+        leading = self._lanes[lead]
+        batch = [self._take(leading[first] or leading[1 - first])]
+        room = tokens - batch[0].tokens
+        nearest = sorted(present, key=lambda bucket: abs(self._ladder.edges[bucket] - self._ladder.edges[lead]))
+        for priority in (first, 1 - first):
+            for bucket in nearest:
+                lane = self._lanes[bucket][priority]
+                while len(batch) < self.limits.batch_rows and (head := lane.head()) and head[0].tokens <= room:
+                    room -= head[0].tokens
+                    batch.append(self._take(lane))
+        return batch
+
+    def _lead(self, now_s: float, filling: Filling, *, packed: bool) -> tuple[int, Priority]:
+        """The class that leads, and which priority fills the batch first. Something waits."""
+        urgency = [self._most_urgent(priority, filling.present, now_s) for priority in Priority]
+        (online, online_urgency), (background, background_urgency) = urgency
+        if max(online_urgency, background_urgency) < 1 and not packed and filling.present:
+            return self._most_useful(filling, now_s), Priority.ONLINE
         overdue = background_urgency >= 1
         if online is None or (overdue and self._streak >= self.limits.online_batches):
             assert background is not None
@@ -210,24 +245,21 @@ class Scheduler:
         self._streak = self._streak + 1 if overdue else 0
         return online, Priority.ONLINE
 
-    def _most_urgent(self, priority: Priority, now_s: float) -> tuple[int | None, float]:
+    def _most_urgent(self, priority: Priority, present: Sequence[int], now_s: float) -> tuple[int | None, float]:
         best, most = None, float("-inf")
-        for bucket, lanes in enumerate(self._lanes):
-            urgency = self._urgency(lanes[priority], now_s)
+        for bucket in (*present, _ALONE):
+            urgency = self._urgency(self._lanes[bucket][priority], now_s)
             if urgency > most:
                 best, most = bucket, urgency
         return best, most
 
-    def _fullest(self, now_s: float) -> int:
-        """Nobody is urgent: the bucket that makes the fullest batch, with half a weight on urgency."""
+    def _most_useful(self, filling: Filling, now_s: float) -> int:
+        """Nobody is urgent: the class that makes the most useful batch, with half a weight on urgency."""
 
         def score(bucket: int) -> float:
-            lanes = self._lanes[bucket]
-            rows = len(lanes[0]) + len(lanes[1])
-            fullness = min(1.0, rows * self._ladder.edges[bucket] / self.limits.batch_tokens)
-            return fullness + max(self._urgency(lane, now_s) for lane in lanes) / 2
+            return filling.efficiency(bucket) + max(self._urgency(lane, now_s) for lane in self._lanes[bucket]) / 2
 
-        return max(range(len(self._lanes)), key=score)
+        return max(filling.present, key=score)
 
     def _urgency(self, lane: Lane, now_s: float) -> float:
         head = lane.head()
@@ -247,7 +279,10 @@ class Scheduler:
 
     def _enqueue(self, item: Item) -> None:
         assert item.id not in self._items, f"item {item.id} waits already"
-        self._lanes[self._ladder.index(item.tokens)][item.priority].push(item, self._due_s(item))
+        place = self._place(item)
+        self._lanes[place][item.priority].push(item, self._due_s(item))
+        if place != _ALONE:
+            self._waiting[place] += 1
         self._items[item.id] = item
         self._queued_tokens += item.tokens
         if item.deadline_s != float("inf"):
@@ -260,12 +295,17 @@ class Scheduler:
 
     def _remove(self, item_id: int) -> Item:
         item = self._items[item_id]
-        self._lanes[self._ladder.index(item.tokens)][item.priority].remove(item_id)
+        self._lanes[self._place(item)][item.priority].remove(item_id)
         self._forget(item)
         return item
 
+    def _place(self, item: Item) -> int:
+        return _ALONE if item.alone else self._ladder.index(item.tokens)
+
     def _forget(self, item: Item) -> None:
         del self._items[item.id]
+        if not item.alone:
+            self._waiting[self._ladder.index(item.tokens)] -= 1
         self._queued_tokens -= item.tokens
 
     def _expire(self, now_s: float) -> Iterable[Item]:

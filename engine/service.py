@@ -1,112 +1,131 @@
-"""The engine as gateway and central use it.
+"""The engine as gateway and central use it: one or several models, each replaceable while it works.
 
 ```python
 engine = Engine(config, telemetry)
 await engine.start()
 for analysis in await engine.analyze(["disk full"], stream="syslog"):
     print(analysis.label, analysis.score)
+await engine.swap("default", "/models/next")  # no request is dropped
 await engine.drain(5.0)
 ```
 
-Threads: the event loop keeps the books (`session`, `flights`), one host thread prepares texts and reads
-results, one compute thread drives the device (`runner`). Work is bounded by tokens waiting: beyond that
-`analyze` raises Backpressure, and nothing of the call was queued. A call with more texts than
-`engine.chunk_texts` is fed piece by piece, so that its size does not matter to others.
+Threads: the event loop keeps the books (`session`, `flights`), one host thread prepares texts and reads results for all
+models, and each model's compute threads drive its devices (`runner`). Work is bounded by tokens waiting: beyond that
+`analyze` raises Backpressure, and nothing of the call was queued. A call with more texts than `engine.chunk_texts` is
+fed piece by piece, so that its size does not matter to others.
 
-Fails: a bad text, an expired one, or one that the device cannot compute has an `error` in its own Analysis.
-`analyze` raises only for what concerns the whole call: Backpressure (full), Permanent (unknown task),
-Retryable (draining, or the compute thread died).
+Several models: `engine.model` is the default one, `engine.models` adds others by name. A call says which one it means;
+when it does not, the default one serves it if it offers the task, else the first other one that does. Each has a queue,
+caches and devices of its own.
+
+Fails: a bad text, an expired one, or one that the device cannot compute has an `error` in its own Analysis. `analyze`
+raises only for what concerns the whole call: Backpressure (full), Permanent (unknown task or model), Retryable
+(draining, or the compute thread died).
 """
 
 import asyncio
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from typing import Final
 
 from engine.analysis import Analysis, failures
-from engine.config import EngineConfig
+from engine.config import DEFAULT_NAME, EngineConfig
+from engine.fleet import DeviceEvent
 from engine.lane import Priority
-from engine.loading import Loaded, load
-from engine.runner import Report, Runner
-from engine.session import Session
+from engine.loading import load
+from engine.runner import Report
+from engine.served import Listener, Load, ServedModel
 from engine.stats import CACHE_DAMAGED, LOADED, REFUSED, EngineCounters, EngineStats
-from sluice.errors import Backpressure, Retryable
+from sluice.errors import Backpressure, Permanent, Retryable
 from sluice.telemetry import Event, Telemetry
 
 __all__ = ["Analysis", "Engine", "EngineStats", "Priority"]
 
-FAILED: Final = Event(name="engine_failed", unit="engines", help="Engines whose compute thread died.", level="error")
+FAILED: Final = Event(name="engine_failed", unit="models", help="Models whose compute thread died.", level="error")
+DEVICE_LOST: Final = Event(
+    name="engine_device_lost",
+    unit="events",
+    help="Devices or worker processes that died or could not be opened anew; their texts are tried elsewhere.",
+    labels=("kind",),
+    level="warning",
+)
+DEVICE_BACK: Final = Event(
+    name="engine_device_restored", unit="events", help="Devices that came back.", labels=("kind",)
+)
+SWAPPED: Final = Event(
+    name="engine_model_swapped", unit="models", help="Models replaced while at work.", labels=("model",)
+)
 
 
 class Engine:
-    """One model on one device.
+    """See the module's docstring.
 
     Args:
         config: the engine's section.
         telemetry: of the process; one engine per Telemetry, since metrics are registered once.
-        loader: opens the model; tests pass one with a backend of theirs.
+        loader: opens a model; tests pass one with a backend of theirs.
     """
 
-    def __init__(
-        self, config: EngineConfig, telemetry: Telemetry, loader: Callable[[EngineConfig], Loaded] = load
-    ) -> None:
+    def __init__(self, config: EngineConfig, telemetry: Telemetry, loader: Load = load) -> None:
         self._config = config
         self._telemetry = telemetry
         self._load = loader
         self._counters = EngineCounters(telemetry)
         self._host = ThreadPoolExecutor(1, thread_name_prefix="engine-host")
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._session: Session | None = None
-        self._refusing = "the engine is not started"
-        self._calls = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._closed = False
+        self._models: dict[str, ServedModel] = {}
+        self._retired: set[ServedModel] = set()
+        self._swapping = asyncio.Lock()
+        self._listener = Listener(self._batch, self._damaged, self._failed, self._device)
+        self._past = (0.0, 0)  # busy seconds and coalesced texts of models that are gone
+        self._closed = ""
 
     @property
     def model(self) -> str:
-        """The model's name, as configured."""
+        """The default model, as configured."""
         return self._config.model
 
     @property
     def model_version(self) -> str:
-        """Changes with anything that changes results; empty before `start`."""
-        return self._session.loaded.version if self._session else ""
+        """Of the default model: changes with anything that changes results; empty before `start`."""
+        return self._version(DEFAULT_NAME)
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Versions by name of all models that are open."""
+        return {name: served.version for name, served in self._models.items() if served.is_open}
 
     @property
     def embedding_width(self) -> int:
-        """Numbers in an embedding; 0 before `start`."""
-        return self._session.loaded.backend.info.embedding_width if self._session else 0
+        """Numbers in an embedding of the default model; 0 before `start`."""
+        served = self._models.get(DEFAULT_NAME)
+        return served.embedding_width if served else 0
 
     @property
     def ready(self) -> bool:
-        """Whether `analyze` can be called."""
-        return not self._refusing
+        """Whether every model can be called."""
+        return bool(self._models) and not any(served.refusing for served in self._models.values())
 
     async def start(self) -> None:
-        """Loads the model, warms it up and fits the cost model; ready afterwards.
+        """Loads all models, warms them up and fits their cost models; ready afterwards.
 
         Raises:
-            Permanent: the model is not there or damaged.
+            Permanent: a model is not there or damaged.
             ConfigError: device or labels are wrong.
         """
-        assert self._thread is None, "start is called once"
+        assert not self._models, "start is called once"
         if self._closed:
             return
-        self._loop = asyncio.get_running_loop()
-        started: asyncio.Future[None] = self._loop.create_future()
-        self._thread = threading.Thread(target=self._compute, args=(started,), name="engine-compute", daemon=True)
-        self._thread.start()
-        await started
-        self._telemetry.emit(LOADED, model=self.model, version=self.model_version, plan=self.plan())
+        for name in self._config.names:
+            # One after another: they are measured while they load, and must not disturb each other.
+            served = self._models[name] = self._served(self._config.of(name))
+            await served.open()
+            self._say_loaded(served)
 
-    def plan(self) -> dict[str, str]:
-        """What was chosen at start-up, each with its reason."""
-        return dict(self._session.loaded.reasons) if self._session else {}
+    def plan(self, model: str = DEFAULT_NAME) -> dict[str, str]:
+        """What was chosen for a model at start-up, each with its reason."""
+        served = self._models.get(model)
+        return served.plan() if served else {}
 
     async def analyze(
         self,
@@ -117,133 +136,173 @@ class Engine:
         priority: Priority = Priority.BACKGROUND,
         deadline_s: float | None = None,
         embed: bool = False,
+        model: str = "",
     ) -> list[Analysis]:
         """Analyses texts; one result each, in order. Cancelling it drops what still waits.
 
         Args:
             texts: any texts; a bad one gets an error of its own.
-            task: `classify`, `embed` or `novelty`.
+            task: one that a model offers: `classify`, `embed`, `novelty`, `tokens`.
             stream: whose texts they are; novelty is kept per stream.
             priority: ONLINE goes first.
             deadline_s: seconds from now; what is not there by then has an error.
             embed: whether embeddings are wanted (the task `embed` always gives them).
+            model: the name of one of the configured models; empty: see the module's docstring.
 
         Raises:
             Backpressure: too many tokens wait.
-            Permanent: no such task with this model.
+            Permanent: no such model, or no such task with it.
             Retryable: the engine is not running.
         """
-        session = self._session
-        if self._refusing or session is None:
-            raise Retryable(self._refusing)
+        served = self._find(model, task)
         begun_s = time.monotonic()
-        reading = session.reading(task, stream, embed=embed)
-        with self._counted_call():
+        with served.used() as session:
+            reading = session.reading(task, stream, embed=embed)
             try:
                 outcomes = await session.compute(texts, stream, priority, deadline_s)
             except Backpressure:
                 self._telemetry.emit(REFUSED)
                 raise
-            analyses = await session.read(reading, outcomes)
-        self._counters.caches(session.cache_counts)
+            analyses = await session.read(reading, outcomes, texts)
+        self._counters.caches(session.cache_changes())
         for reason, count in failures(outcomes).items():
             self._counters.failed(reason, count)
         self._counters.call(task, priority.name.lower(), analyses, time.monotonic() - begun_s)
         return analyses
 
+    async def swap(self, name: str, model: str) -> str:
+        """Replaces a model while it works; returns the new version.
+
+        The next one is loaded and measured beside the old one, then takes all new calls; the calls under way end on
+        the old one, which is closed afterwards. For that time both are in memory. When the next one cannot be
+        loaded, the old one stays in place.
+
+        Args:
+            name: of the model that is replaced.
+            model: a package, a folder or a hub id.
+
+        Raises:
+            Permanent: there is no model of that name, or the next one is not there, damaged, or does not offer the
+                tasks of the old one.
+        """
+        async with self._swapping:
+            self._require_open()
+            if name not in self._models:
+                raise Permanent(f"there is no model '{name}'; there are {', '.join(self._models)}")
+            return await self._replace(name, self._config.with_model(name, model))
+
+    async def reload(self, config: EngineConfig) -> list[str]:
+        """Takes over a changed section: replaces the models that are configured otherwise now, opens and closes others.
+
+        Returns the names that changed.
+
+        Raises:
+            Permanent: a model cannot be loaded or take over; those before it in the section were taken over.
+        """
+        async with self._swapping:
+            self._require_open()
+            changed = []
+            for name in config.names:
+                served = self._models.get(name)
+                if served is None or served.config != config.of(name):
+                    await self._replace(name, config)
+                    changed.append(name)
+            for name in [name for name in self._models if name not in config.names]:
+                await self._retire(self._models.pop(name))
+                changed.append(name)
+            self._config = config
+            return changed
+
+    async def _replace(self, name: str, config: EngineConfig) -> str:
+        """Opens a model as `config` has it, in the place of the one that has its name now, if any."""
+        old = self._models.get(name)
+        new = self._served(config.of(name))
+        try:
+            await new.open()
+            if old is not None:
+                _require_tasks(old, new)
+        except BaseException:
+            await new.close("it was not taken into use")
+            raise
+        self._config, self._models[name] = config, new
+        self._say_loaded(new)
+        self._telemetry.emit(SWAPPED, model=name, version=new.version, before=old.version if old else "")
+        if old is not None:
+            await self._retire(old)
+        return new.version
+
+    async def _retire(self, old: ServedModel) -> None:
+        self._retired.add(old)
+        await old.retire(self._config.swap_drain_s, "the model was replaced")
+        self._retired.discard(old)
+        _, busy_s, coalesced = old.figures
+        self._past = (self._past[0] + busy_s, self._past[1] + coalesced)
+
+    def _require_open(self) -> None:
+        if self._closed or not self._models:
+            raise Permanent(self._closed or "the engine is not started")
+
     def stats(self) -> EngineStats:
-        """All figures since the start."""
-        if self._session is None:
-            return self._counters.snapshot(0, 0.0, 0)
-        runner = self._session.runner
-        return self._counters.snapshot(runner.queued_tokens, runner.busy_s, self._session.flights.coalesced)
+        """All figures since the start, over all models."""
+        figures = [served.figures for served in (*self._models.values(), *self._retired)]
+        queued = sum(each[0] for each in figures)
+        busy_s = self._past[0] + sum(each[1] for each in figures)
+        coalesced = self._past[1] + sum(each[2] for each in figures)
+        devices = tuple(device for served in self._models.values() for device in served.devices)
+        return self._counters.snapshot(queued, busy_s, coalesced, devices)
 
     async def drain(self, deadline_s: float) -> None:
         """Refuses new calls, lets those under way end within `deadline_s` seconds, and closes."""
-        self._refusing = self._refusing or "the engine is draining"
-        with suppress(TimeoutError):  # what is left gets an error from close
-            async with asyncio.timeout(deadline_s):
-                await self._idle.wait()
-        await self.close()
+        await self._end(deadline_s, "the engine is draining")
 
     async def close(self) -> None:
         """Stops at once; calls under way get errors. Idempotent, and allowed before `start`."""
-        self._refusing = self._refusing or "the engine is closed"
-        if self._closed:
-            return
-        self._closed = True
-        if self._session is not None:
-            self._session.runner.stop()
-        if self._thread is not None:
-            # A batch or a load that is under way is waited for: a thread cannot be interrupted.
-            await asyncio.to_thread(self._thread.join)
-        if self._session is not None:
-            self._session.flights.fail(Retryable("the engine stopped"))
-            await self._idle.wait()
-            await self._session.close()
+        await self._end(0.0, "the engine is closed")
+
+    async def _end(self, deadline_s: float, why: str) -> None:
+        self._closed = self._closed or why
+        everything = (*self._models.values(), *self._retired)
+        for served in everything:
+            served.refusing = served.refusing or why
+        await asyncio.gather(*(served.retire(deadline_s, why) for served in everything))
         self._host.shutdown(wait=True)
 
-    def _compute(self, started: "asyncio.Future[None]") -> None:
-        """The compute thread: loads, then runs until stopped."""
-        try:
-            loaded = self._load(self._config)
-        except BaseException as error:  # noqa: BLE001 - it is raised again where `start` waits
-            self._post(self._not_opened, started, error)
-            return
-        try:
-            runner = Runner(
-                loaded.backend,
-                loaded.scheduler,
-                loaded.costs,
-                loaded.admission,
-                lambda report: self._post(self._settle, report),
-            )
-            self._post(self._opened, started, loaded, runner)
-            runner.run()
-        except Exception as error:  # noqa: BLE001 - whoever waits must be told, whatever it was
-            self._post(self._broken, error)
-        finally:
-            loaded.backend.close()
+    def _find(self, model: str, task: str) -> ServedModel:
+        if self._closed or not self._models:
+            raise Retryable(self._closed or "the engine is not started")
+        if model:
+            served = self._models.get(model)
+            if served is None:
+                raise Permanent(f"there is no model '{model}'; there are {', '.join(self._models)}")
+            return served
+        default = self._models[DEFAULT_NAME]
+        return next((served for served in (default, *self._models.values()) if task in served.tasks), default)
 
-    def _opened(self, started: "asyncio.Future[None]", loaded: Loaded, runner: Runner) -> None:
-        if self._closed or started.done():
-            runner.stop()
-            return
-        self._session = Session(self._config, loaded, runner, self._host, time.monotonic, self._damaged)
-        self._refusing = ""
-        started.set_result(None)
+    def _version(self, name: str) -> str:
+        served = self._models.get(name)
+        return served.version if served else ""
 
-    def _not_opened(self, started: "asyncio.Future[None]", error: BaseException) -> None:
-        if not started.done():
-            started.set_exception(error)
+    def _served(self, config: EngineConfig) -> ServedModel:
+        return ServedModel(config, self._load, self._host, self._listener)
 
-    def _broken(self, error: Exception) -> None:
-        self._refusing = f"the engine's compute thread died: {error!r}"
-        self._telemetry.emit(FAILED, detail=repr(error))
-        if self._session is not None:
-            self._session.flights.fail(Retryable(self._refusing))
+    def _batch(self, report: Report) -> None:
+        self._counters.batch(report, sum(served.figures[0] for served in self._models.values()))
 
-    def _settle(self, report: Report) -> None:
-        if self._session is not None:
-            self._session.settle(report)
-            self._counters.batch(report, self._session.runner.queued_tokens)
+    def _device(self, event: DeviceEvent) -> None:
+        told = DEVICE_BACK if event.kind in {"restored", "up"} else DEVICE_LOST
+        self._telemetry.emit(told, device=event.device, kind=event.kind, detail=event.detail)
 
     def _damaged(self, what: str) -> None:
         self._telemetry.emit(CACHE_DAMAGED, detail=what)
 
-    @contextmanager
-    def _counted_call(self) -> Iterator[None]:
-        self._calls += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._calls -= 1
-            if not self._calls:
-                self._idle.set()
+    def _failed(self, error: Exception) -> None:
+        self._telemetry.emit(FAILED, detail=repr(error))
 
-    def _post(self, function: Callable[..., None], *arguments: object) -> None:
-        """Calls a function on the event loop's thread."""
-        assert self._loop is not None
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(function, *arguments)
+    def _say_loaded(self, served: ServedModel) -> None:
+        self._telemetry.emit(LOADED, model=served.config.model, version=served.version, plan=served.plan())
+
+
+def _require_tasks(old: ServedModel, new: ServedModel) -> None:
+    missing = sorted(old.tasks - new.tasks)
+    if missing:
+        raise Permanent(f"model '{new.config.model}' cannot take over: it does not offer {', '.join(missing)}")

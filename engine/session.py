@@ -5,13 +5,16 @@ results; the runner's thread drives the device and reports through `settle`.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
 from typing import Final, TypeVar
 
-from engine.analysis import Analysis, BadText, Reading
+from engine.analysis import Analysis, Reading
 from engine.config import EngineConfig
-from engine.flights import NO_DEADLINE, Call, DeadlinePassed, Flights
+from engine.failures import BadText, DeadlinePassed
+from engine.flights import NO_DEADLINE, Call, Flights
 from engine.lane import Priority
 from engine.loading import Loaded
 from engine.novelty import Novelty
@@ -19,6 +22,7 @@ from engine.prepare import CacheCounts, Prepared, Preparer
 from engine.results import Output
 from engine.runner import Report, Runner
 from engine.tasks import find
+from engine.token_pool import processes_for, reason_for
 from sluice.errors import Backpressure
 
 # Batches whose results wait to be put into the result cache; beyond it they are not remembered.
@@ -55,17 +59,28 @@ class Session:
         self._host = host
         self._clock = clock
         self._on_damage = on_damage
+        processes = processes_for(config.tokenizer_processes, loaded.info.device, len(os.sched_getaffinity(0)))
+        loaded.reasons["tokenizer"] = reason_for(processes, config.tokenizer_processes)
         self._preparer = Preparer(
-            loaded.tokenizer, loaded.version.encode(), config.text_bytes_max, config.caches, on_damage
+            loaded.tokenizer,
+            loaded.version.encode(),
+            config.text_bytes_max,
+            config.caches,
+            on_damage,
+            processes,
+            _vocabulary(loaded.card.config),
         )
-        self._width = loaded.backend.info.embedding_width
+        self._width = loaded.info.embedding_width
         self._novelty = Novelty(config.novelty, self._width) if config.novelty.enabled and self._width else None
         self._remembering: set[asyncio.Future[None]] = set()
+        self._counted = CacheCounts()
 
-    @property
-    def cache_counts(self) -> CacheCounts:
-        """Hits and misses so far."""
-        return self._preparer.counts
+    def cache_changes(self) -> CacheCounts:
+        """Hits and misses since the last time."""
+        now, before = self._preparer.counts, self._counted
+        self._counted = replace(now)
+        changes = (getattr(now, each.name) - getattr(before, each.name) for each in fields(CacheCounts))
+        return CacheCounts(*changes)
 
     def reading(self, task: str, stream: str, *, embed: bool) -> Reading:
         """How a call's outcomes will be read.
@@ -73,8 +88,16 @@ class Session:
         Raises:
             Permanent: no such task with this model.
         """
-        reader = find(self.loaded.tasks, task, self.loaded.card.name)
-        return Reading(reader, self._width, embed or task == "embed", self._novelty, task == "novelty", stream)
+        return Reading(
+            task=find(self.loaded.tasks, task, self.loaded.card.name),
+            width=self._width,
+            embed=embed or task == "embed",
+            novelty=self._novelty,
+            novelty_is_score=task == "novelty",
+            stream=stream,
+            model=self.loaded.card.name,
+            model_version=self.loaded.version,
+        )
 
     async def compute(
         self, texts: Sequence[str], stream: str, priority: Priority, deadline_s: float | None
@@ -99,9 +122,11 @@ class Session:
             self.flights.leave(call)
         return call.outcomes
 
-    async def read(self, reading: Reading, outcomes: Sequence[Output | Exception | None]) -> list[Analysis]:
-        """Reads a call's outcomes on the host thread."""
-        return await self._on_host(reading.read, outcomes)
+    async def read(
+        self, reading: Reading, outcomes: Sequence[Output | Exception | None], texts: Sequence[str]
+    ) -> list[Analysis]:
+        """Reads the outcomes of a call's texts on the host thread."""
+        return await self._on_host(reading.read, outcomes, texts)
 
     def settle(self, report: Report) -> None:
         """A batch is done: on the event loop's thread."""
@@ -143,6 +168,11 @@ class Session:
 
     async def _on_host(self, function: Callable[..., _T], *arguments: object) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._host, function, *arguments)
+
+
+def _vocabulary(config: Mapping[str, object]) -> int:
+    size = config.get("vocab_size")
+    return size if isinstance(size, int) else 0
 
 
 def _deliver_known(call: Call, start: int, prepared: Sequence[Prepared]) -> list[tuple[int, Prepared]]:

@@ -7,6 +7,7 @@ from typing import Final
 from engine.analysis import Analysis
 from engine.buckets import reporting_class
 from engine.config import REPORTING_CLASSES
+from engine.fleet import DeviceStats
 from engine.prepare import CacheCounts
 from engine.runner import Report
 from sluice.telemetry import Event, Telemetry
@@ -33,10 +34,13 @@ class EngineStats:
     """A snapshot; counts since the start.
 
     Attributes:
+        tokens: that the device computed, without padding.
+        tokens_dropped: that truncation took away, of all texts answered.
         batches: per reporting class (32, 64, ...).
         padding_share: of the computed tokens, those that were padding.
         queue_tokens: waiting now.
-        device_busy_s: time the device computed.
+        device_busy_s: time the devices computed, added up.
+        devices: figures of each device that runs a model now.
     """
 
     texts: int = 0
@@ -46,6 +50,7 @@ class EngineStats:
     texts_coalesced: int = 0
     texts_expired: int = 0
     tokens: int = 0
+    tokens_dropped: int = 0
     padded_tokens: int = 0
     padding_share: float = 0.0
     batches: dict[int, int] = field(default_factory=dict)
@@ -56,6 +61,7 @@ class EngineStats:
     result_cache_hits: int = 0
     result_cache_misses: int = 0
     device_busy_s: float = 0.0
+    devices: tuple[DeviceStats, ...] = ()
 
 
 class EngineCounters:
@@ -66,7 +72,7 @@ class EngineCounters:
         self._classes = classes
         self.texts = self.texts_computed = self.texts_failed = self.texts_truncated = 0
         self.texts_expired = 0
-        self.tokens = self.padded_tokens = self.batch_splits = 0
+        self.tokens = self.tokens_dropped = self.padded_tokens = self.batch_splits = 0
         self.batches = dict.fromkeys(classes, 0)
         self._seen = CacheCounts()
         self._texts_metric = telemetry.counter("engine_texts", "Texts analysed.", ["task", "priority"])
@@ -74,6 +80,7 @@ class EngineCounters:
         self._tokens_metric = telemetry.counter("engine_tokens", "Tokens computed.", ["kind"])
         self._cache_metric = telemetry.counter("engine_cache_lookups", "Cache lookups.", ["cache", "outcome"])
         self._truncated_metric = telemetry.counter("engine_texts_truncated", "Texts that were truncated.")
+        self._dropped_metric = telemetry.counter("engine_tokens_dropped", "Tokens that truncation took away.")
         self._busy_metric = telemetry.counter("engine_device_busy_seconds", "Time the device computed.")
         self._queue_gauge = telemetry.gauge("engine_queue_tokens", "Tokens waiting.")
         self._latency = telemetry.histogram(
@@ -88,6 +95,9 @@ class EngineCounters:
         truncated = sum(analysis.truncated for analysis in analyses)
         self.texts_truncated += truncated
         self._truncated_metric.inc(truncated)
+        dropped = sum(analysis.dropped_tokens for analysis in analyses)
+        self.tokens_dropped += dropped
+        self._dropped_metric.inc(dropped)
 
     def batch(self, report: Report, queue_tokens: int) -> None:
         """A batch is done."""
@@ -114,17 +124,18 @@ class EngineCounters:
             self.texts_expired += texts
         self.telemetry.emit(TEXT_FAILED, texts, reason=reason)
 
-    def caches(self, counts: CacheCounts) -> None:
-        """Exports what the caches counted since the last time."""
+    def caches(self, changes: CacheCounts) -> None:
+        """Adds what the caches of a model counted since the last time."""
         for cache in ("token", "result"):
             for outcome in ("hits", "misses"):
                 name = f"{cache}_{outcome}"
-                new = getattr(counts, name) - getattr(self._seen, name)
-                if new:
+                if new := getattr(changes, name):
                     self._cache_metric.labels(cache, outcome).inc(new)
-                    setattr(self._seen, name, getattr(counts, name))
+                    setattr(self._seen, name, getattr(self._seen, name) + new)
 
-    def snapshot(self, queue_tokens: int, busy_s: float, coalesced: int) -> EngineStats:
+    def snapshot(
+        self, queue_tokens: int, busy_s: float, coalesced: int, devices: tuple[DeviceStats, ...] = ()
+    ) -> EngineStats:
         """All figures now."""
         padding = 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
         return EngineStats(
@@ -135,6 +146,7 @@ class EngineCounters:
             texts_coalesced=coalesced,
             texts_expired=self.texts_expired,
             tokens=self.tokens,
+            tokens_dropped=self.tokens_dropped,
             padded_tokens=self.padded_tokens,
             padding_share=max(0.0, padding),
             batches=dict(self.batches),
@@ -145,4 +157,5 @@ class EngineCounters:
             result_cache_hits=self._seen.result_hits,
             result_cache_misses=self._seen.result_misses,
             device_busy_s=busy_s,
+            devices=devices,
         )

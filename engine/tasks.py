@@ -1,6 +1,6 @@
 """What is read from a model's output: the registry of tasks.
 
-A task turns output rows into verdicts; it sees no text. Which tasks a model offers follows from its kind:
+A task turns output rows into verdicts. Which tasks a model offers follows from its kind:
 
 * `embed`: the vector itself, no label.
 * `classify`: the model's own sequence-classification head, or, for an embedding model, zero-shot: cosine to
@@ -10,9 +10,13 @@ A task turns output rows into verdicts; it sees no text. Which tasks a model off
   distinguishable for this model.
 * `novelty`: the distance to what the stream usually says (computed by `novelty` for every task), as the
   score.
+* `tokens`: spans of the text (names, places, ...) from a token-classification head, merged as transformers'
+  pipeline does (see `spans`). Its label and score are those of the span with the highest score; both are empty
+  when there is none. The only task that looks at the texts again: for those with a span, to find the span's
+  characters.
 
-A new task is a class with `read`, added to `build`. Tasks with one vector per token fit too: rows are
-arrays of any shape. Text generation does not: it streams, and gets a door of its own.
+A new task is a class with `read`, added to `build`; rows are arrays of any shape. Text generation is none of
+them: it streams, and has a door of its own (see `generation`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from engine.backend import BackendInfo
+from engine.spans import OUTSIDE, Aggregation, Alignment, Span, merge, softmax
 from sluice.errors import Permanent
 
 if TYPE_CHECKING:
@@ -36,24 +41,25 @@ TEMPERATURES: Final = (0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.1
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a task says about one text; `score` is in [0, 1]."""
+    """What a task says about one text; `score` is in [0, 1], `spans` are those of the task `tokens`."""
 
     label: str = ""
     score: float = 0.0
+    spans: tuple[Span, ...] = ()
 
 
 class Task(Protocol):
     """Reads verdicts from output rows."""
 
-    def read(self, rows: "Sequence[Row]") -> list[Verdict]:
-        """One verdict per row."""
+    def read(self, rows: "Sequence[Row]", texts: Sequence[str]) -> list[Verdict]:
+        """One verdict per row; `texts` are what the rows were computed from."""
         ...
 
 
 class NoVerdict:
     """For tasks whose result is the embedding or the novelty."""
 
-    def read(self, rows: "Sequence[Row]") -> list[Verdict]:
+    def read(self, rows: "Sequence[Row]", texts: Sequence[str] = ()) -> list[Verdict]:
         """See `Task`."""
         return [Verdict() for _ in rows]
 
@@ -70,7 +76,7 @@ class HeadClassifier:
         self._labels = tuple(labels)
         self._start = start
 
-    def read(self, rows: "Sequence[Row]") -> list[Verdict]:
+    def read(self, rows: "Sequence[Row]", texts: Sequence[str] = ()) -> list[Verdict]:
         """See `Task`."""
         import numpy as np
 
@@ -98,7 +104,7 @@ class ZeroShotClassifier:
         self._starts = np.searchsorted(np.asarray(owner), np.arange(len(self._labels)))
         self.temperature = calibrate(vectors @ vectors.T, owner, len(self._labels))
 
-    def read(self, rows: "Sequence[Row]") -> list[Verdict]:
+    def read(self, rows: "Sequence[Row]", texts: Sequence[str] = ()) -> list[Verdict]:
         """See `Task`."""
         import numpy as np
 
@@ -107,6 +113,39 @@ class ZeroShotClassifier:
         vectors = np.stack(rows)[:, : self._vectors.shape[1]].astype(np.float32)
         best = np.maximum.reduceat(vectors @ self._vectors.T, self._starts, axis=1)
         return _verdicts((best / self.temperature).astype(np.float32), self._labels)
+
+
+class TokenClassifier:
+    """Spans from a token-classification head.
+
+    Args:
+        labels: in the order of the logits.
+        aggregation: how tokens become spans; see `spans`.
+        align: finds texts' tokens in them (`tokens.Tokenizer.align`).
+    """
+
+    def __init__(
+        self, labels: Sequence[str], aggregation: Aggregation, align: Callable[[Sequence[str]], list[Alignment]]
+    ) -> None:
+        self._labels = tuple(labels)
+        self._outside = self._labels.index(OUTSIDE) if OUTSIDE in self._labels else -1
+        self._aggregation = aggregation
+        self._align = align
+
+    def read(self, rows: "Sequence[Row]", texts: Sequence[str]) -> list[Verdict]:
+        """See `Task`."""
+        # Where every token is most likely O, no strategy finds a span: most texts are not tokenised again.
+        wanted = [i for i, row in enumerate(rows) if (row.argmax(-1) != self._outside).any()]
+        verdicts = [Verdict()] * len(rows)
+        if wanted:
+            for i, alignment in zip(wanted, self._align([texts[i] for i in wanted]), strict=True):
+                verdicts[i] = self._verdict(rows[i], alignment)
+        return verdicts
+
+    def _verdict(self, row: "Row", alignment: Alignment) -> Verdict:
+        spans = merge(softmax(row), alignment, self._labels, self._aggregation)
+        best = max(spans, key=lambda span: span.score, default=None)
+        return Verdict(best.label, best.score, spans) if best else Verdict()
 
 
 def calibrate(similarity: "Vectors", owner: Sequence[int], labels: int) -> float:
@@ -142,6 +181,8 @@ def build(
     info: BackendInfo,
     labels: Mapping[str, Sequence[str]],
     embed: "Callable[[Sequence[str]], Vectors]",
+    align: Callable[[Sequence[str]], list[Alignment]] | None = None,
+    aggregation: Aggregation = "simple",
 ) -> dict[str, Task]:
     """The tasks that the loaded model offers.
 
@@ -149,8 +190,13 @@ def build(
         info: of the backend.
         labels: for zero-shot, each with its descriptions.
         embed: embeds descriptions; called once.
+        align: of the tokenizer; needed by models with a token-classification head only.
+        aggregation: of their tokens to spans.
     """
     tasks: dict[str, Task] = {}
+    if info.per_token:
+        assert align is not None, "spans need the tokenizer"
+        return {"tokens": TokenClassifier(info.labels, aggregation, align)}
     if info.embedding_width:
         tasks["embed"] = tasks["novelty"] = NoVerdict()
     if info.labels:
@@ -170,7 +216,9 @@ def find(tasks: Mapping[str, Task], name: str, model: str) -> Task:
     """
     task = tasks.get(name)
     if task is None:
-        raise Permanent(f"task '{name}' is not available with model '{model}'; it offers {', '.join(sorted(tasks))}")
+        hint = "; text generation is not a task of analyze but has a door of its own" if name == "generate" else ""
+        offered = ", ".join(sorted(tasks))
+        raise Permanent(f"task '{name}' is not available with model '{model}'; it offers {offered}{hint}")
     return task
 
 

@@ -10,13 +10,17 @@ the others in the batch are not touched.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from engine.spans import Alignment
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
 _SAMPLE: Final = "a sample"
+
+_Number = TypeVar("_Number", bound="np.generic")
 
 
 def check(text: object, bytes_max: int) -> tuple[bytes, str]:
@@ -70,9 +74,15 @@ class Tokenizer:
             backend.to_str().encode() + length_max.to_bytes(4, "little"), digest_size=32
         ).digest()
         # Once: in transformers 5 the vocabulary is rebuilt on every question about it.
-        self.id_width = 2 if backend.get_vocab_size(with_added_tokens=True) <= 1 << 16 else 4
+        self.vocabulary = backend.get_vocab_size(with_added_tokens=True)
+        self.id_width = 2 if self.vocabulary <= 1 << 16 else 4
+        self._unknown = _unknown_id(backend)
         mask = backend.encode_batch([_SAMPLE])[0].special_tokens_mask
         self._tail = next((i for i, special in enumerate(reversed(mask)) if not special), 0)
+
+    def to_json(self) -> str:
+        """As `tokenizer.json` has it; `tokenizers.Tokenizer.from_str` makes one with the same ids."""
+        return str(self._backend.to_str())
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
         """Tokenises valid texts (see `check`) in one call, on all cores; releases the GIL."""
@@ -81,11 +91,43 @@ class Tokenizer:
         encoded = self._backend.encode_batch_fast(list(texts))
         return [self._cut(np.array(each.ids, np.int32)) for each in encoded]
 
-    def _cut(self, ids: "npt.NDArray[np.int32]") -> Tokens:
+    def align(self, texts: Sequence[str]) -> list[Alignment]:
+        """Where each text's tokens (those that `encode` keeps) are in it; tokenises anew, in one call.
+
+        Alignments are not kept beside ids in the caches: they are three times as large, and only spans need them.
+        """
+        encoded = self._backend.encode_batch(list(texts))
+        return [self._aligned(each, text) for each, text in zip(encoded, texts, strict=True)]
+
+    def _aligned(self, encoded: Any, text: str) -> Alignment:
         import numpy as np
 
-        dropped = len(ids) - self.length_max
-        if dropped <= 0:
-            return Tokens(ids, 0)
+        offsets = np.array(encoded.offsets, np.int64).reshape(-1, 2)
+        if getattr(self._backend.model, "continuing_subword_prefix", None):
+            # The prefix makes a token that continues a word longer than its text.
+            continues = np.array([len(token) for token in encoded.tokens]) != offsets[:, 1] - offsets[:, 0]
+        else:
+            starts = offsets[:, 0].tolist()
+            continues = np.array([start > 0 and " " not in text[start - 1 : start + 1] for start in starts])
+        continues &= np.array(encoded.ids) != self._unknown
+        special = np.array(encoded.special_tokens_mask, bool)
+        return Alignment(self._kept(offsets), self._kept(special), self._kept(continues))
+
+    def _cut(self, ids: "npt.NDArray[np.int32]") -> Tokens:
+        return Tokens(self._kept(ids), max(0, len(ids) - self.length_max))
+
+    def _kept(self, values: "npt.NDArray[_Number]") -> "npt.NDArray[_Number]":
+        """The head of a text's tokens, then the special ones at its end; all of them when they fit."""
+        import numpy as np
+
+        if len(values) <= self.length_max:
+            return values
         head = self.length_max - self._tail
-        return Tokens(np.concatenate([ids[:head], ids[len(ids) - self._tail :]]), dropped)
+        return np.concatenate([values[:head], values[len(values) - self._tail :]])
+
+
+def _unknown_id(backend: Any) -> int:
+    """The id of the token that stands for what the vocabulary lacks; -1 when there is none."""
+    name = getattr(backend.model, "unk_token", None)
+    found = backend.token_to_id(name) if name else getattr(backend.model, "unk_id", None)
+    return -1 if found is None else int(found)

@@ -1,37 +1,27 @@
-"""The PyTorch backend: opens a model on a device in the precision that measured best, and runs it on a CPU.
+"""The PyTorch backend: opens a model on a device in the form that measured best, and runs it on a CPU.
 
-`open_backend` decides: device, threads, precision, each with its reason. On CUDA it returns
-`torch_cuda.CudaBackend`. Foreign errors of memory become `DeviceOutOfMemory`; nothing else is swallowed.
+`open_backend` decides: device, threads, precision, each with its reason; on a CPU `torch_forms` does the most of it.
+On CUDA it returns `torch_cuda.CudaBackend`. Foreign errors of memory become `DeviceOutOfMemory`; nothing else is
+swallowed.
 """
 
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, Literal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from engine import models, network
+from engine import models, network, torch_forms
 from engine.backend import Backend, BackendInfo, DeviceMemory, DeviceOutOfMemory, Precision
 from engine.config import EngineConfig
 from engine.models import ModelCard
+from engine.torch_forms import DTYPES, Form
 from sluice.errors import ConfigError
 
 if TYPE_CHECKING:
     from engine.backend import Outputs, Rows
-
-DTYPES: Final[dict[Precision, torch.dtype]] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
-# Half precision must be worth its rounding, and must agree with fp32 on the probe texts.
-SPEEDUP_MIN: Final = 1.15
-AGREEMENT_MIN: Final = 0.999
-PROBE_ROWS, PROBE_LENGTH = 16, 48
 
 
 def open_backend(config: EngineConfig, card: ModelCard, reasons: dict[str, str]) -> Backend:
@@ -59,21 +49,28 @@ def open_backend(config: EngineConfig, card: ModelCard, reasons: dict[str, str])
         precision = _cuda_precision(config, reasons)
         info = _info(str(device), precision, card, net, length_max, depth=2, exact=False)
         return CudaBackend(net.to(device, DTYPES[precision]), info, config)
-    net, precision = _cpu_precision(net, config, reasons)
-    return TorchBackend(net, _info("cpu", precision, card, net, length_max, depth=1, exact=True))
+    form, precision = torch_forms.choose(net, config, reasons)
+    info = _info("cpu", precision, card, net, length_max, depth=1, exact=True, packed=form.packed)
+    return TorchBackend(form, info)
 
 
 class TorchBackend:
     """A network on the CPU; `submit` computes at once.
 
     Args:
-        net: in evaluation mode.
+        form: of the network.
         info: see `Backend`.
+        threads: intra-operation threads of the thread that drives it; 0: as that thread has them.
+        cpus: that the driving thread is pinned to; none: not pinned.
     """
 
-    def __init__(self, net: network.Network, info: BackendInfo) -> None:
-        self._net: network.Network | None = net
+    def __init__(self, form: Form, info: BackendInfo, threads: int = 0, cpus: Sequence[int] = ()) -> None:
+        self._form: Form | None = form
         self._info = info
+        self._threads = threads
+        self._cpus = tuple(cpus)
+        # Shared by twins: which of them the current thread was last set up for.
+        self._seat = threading.local()
         self._peak = 0
 
     @property
@@ -81,17 +78,35 @@ class TorchBackend:
         """See `Backend`."""
         return self._info
 
+    def twin(self, threads: int = 0, cpus: Sequence[int] = ()) -> "TorchBackend":
+        """See `lanes.Twinned`. Twins share the weights until the last one is closed."""
+        assert self._form is not None, "the backend is closed"
+        other = TorchBackend(self._form, self._info, threads, cpus)
+        other._seat = self._seat
+        return other
+
     def submit(self, rows: "Rows", length: int) -> object:
         """See `Backend`."""
-        assert self._net is not None, "the backend is closed"
-        ids, lengths = pad(rows, length)
+        assert self._form is not None, "the backend is closed"
+        self._sit_down()
         with torch.inference_mode(), translated_memory():
-            return self._net(torch.from_numpy(ids), torch.from_numpy(lengths), full=bool((lengths == length).all()))
+            return self._form.run(rows, length)
 
     def collect(self, ticket: object) -> "Outputs":
         """See `Backend`."""
-        assert isinstance(ticket, Tensor)
-        return list(ticket.numpy())
+        assert isinstance(ticket, list)
+        return ticket
+
+    def _sit_down(self) -> None:
+        """Sets the calling thread up for this lane: both settings belong to a thread, and OpenMP's follow it."""
+        if getattr(self._seat, "lane", None) is self:
+            return
+        self._seat.lane = self
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        if self._cpus:
+            with suppress(OSError):  # the CPUs may have been taken from the process since
+                os.sched_setaffinity(0, self._cpus)
 
     def memory(self) -> DeviceMemory:
         """See `Backend`. The peak is that of the samples taken, since a CPU allocator keeps none."""
@@ -107,19 +122,7 @@ class TorchBackend:
 
     def close(self) -> None:
         """See `Backend`."""
-        self._net = None
-
-
-def pad(rows: "Rows", length: int) -> tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]:
-    """Rows as one int32 [rows, length], zeros behind each, and their lengths (int32).
-
-    The id of the padding does not matter: it is masked out of attention and of pooling.
-    """
-    ids = np.zeros((len(rows), length), np.int32)
-    lengths = np.fromiter((len(row) for row in rows), np.int32, len(rows))
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-    return ids, lengths
+        self._form = None
 
 
 @contextmanager
@@ -172,11 +175,17 @@ def _info(
     *,
     depth: int,
     exact: bool,
+    packed: bool = False,
 ) -> BackendInfo:
-    width = int(card.config.get("hidden_size") or card.config.get("dim") or 0)
-    if not width:
-        width = _probe(net, length_max)().shape[1] - len(card.labels)
-    return BackendInfo(device, precision, depth, exact, length_max, width, card.labels)
+    per_token = card.kind == "tokens"
+    width = 0 if per_token else int(card.config.get("hidden_size") or card.config.get("dim") or 0)
+    if not width and not per_token:
+        with torch.inference_mode():
+            lengths = torch.ones(1, dtype=torch.int32)
+            width = int(net(torch.ones(1, 1, dtype=torch.int32), lengths, full=True).shape[1]) - len(card.labels)
+    return BackendInfo(
+        device, precision, depth, exact, length_max, width, card.labels, packed=packed, per_token=per_token
+    )
 
 
 def _cuda_precision(config: EngineConfig, reasons: dict[str, str]) -> Precision:
@@ -187,65 +196,3 @@ def _cuda_precision(config: EngineConfig, reasons: dict[str, str]) -> Precision:
     # Encoders' activations stay within fp16's range, and their outputs are float16 anyway.
     reasons["precision"] = "fp16: tensor cores"
     return "fp16"
-
-
-def _cpu_precision(
-    net: network.Network, config: EngineConfig, reasons: dict[str, str]
-) -> tuple[network.Network, Precision]:
-    if config.precision != "auto":
-        reasons["precision"] = f"{config.precision}: configured"
-        return net.to(DTYPES[config.precision]), config.precision
-    import copy
-
-    length_max = net.keep_table.shape[1]
-    best, chosen, best_s, notes = net, "fp32", float("inf"), []
-    for name in _cpu_candidates():
-        half = copy.deepcopy(net).to(DTYPES[name])
-        # Side by side, so that other work on the machine slows both.
-        (reference, full_s), (output, half_s) = _measure(_probe(net, length_max), _probe(half, length_max))
-        agreement = float(torch.nn.functional.cosine_similarity(output.float(), reference.float()).min())
-        notes.append(f"{name} {half_s * 1e3:.1f} ms against {full_s * 1e3:.1f} ms (cosine {agreement:.5f})")
-        if half_s < min(best_s, full_s / SPEEDUP_MIN) and agreement >= AGREEMENT_MIN:
-            best, chosen, best_s = half, name, half_s
-    measured = f"measured {', '.join(notes)} for {PROBE_ROWS} texts of {PROBE_LENGTH} tokens"
-    reasons["precision"] = f"{chosen}: {measured if notes else 'the CPU has no instructions for less'}"
-    return best, chosen  # type: ignore[return-value] # mypy widens the literal
-
-
-def _cpu_candidates() -> list[Precision]:
-    """Half precisions that the CPU has instructions for."""
-    has = torch.cpu.get_capabilities()
-    candidates: list[Precision] = []
-    if has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16"):
-        candidates.append("bf16")
-    if has.get("avx512_fp16") or has.get("amx_fp16"):
-        candidates.append("fp16")
-    return candidates
-
-
-def _probe(net: network.Network, length_max: int) -> Callable[[], Tensor]:
-    """A batch of typical size on `net`; deterministic, so that two networks can be compared."""
-    length = min(PROBE_LENGTH, length_max)
-    seeded = torch.Generator().manual_seed(7)
-    # Small ids exist in every vocabulary.
-    ids = torch.randint(1, 50, (PROBE_ROWS, length), generator=seeded, dtype=torch.int32)
-    lengths = torch.full((PROBE_ROWS,), length, dtype=torch.int32)
-
-    def run() -> Tensor:
-        with torch.inference_mode():
-            output: Tensor = net(ids, lengths, full=True)
-            return output
-
-    return run
-
-
-def _measure(*runs: Callable[[], Tensor], times: int = 4) -> list[tuple[Tensor, float]]:
-    """Output and least time in seconds of each, run in turns after one round that warms up."""
-    outputs = [run() for run in runs]
-    least = [float("inf")] * len(runs)
-    for _ in range(times):
-        for i, run in enumerate(runs):
-            start = time.perf_counter()
-            run()
-            least[i] = min(least[i], time.perf_counter() - start)
-    return list(zip(outputs, least, strict=True))

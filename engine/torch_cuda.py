@@ -22,6 +22,7 @@ from torch import Tensor
 from engine.backend import BackendInfo, DeviceMemory
 from engine.config import EngineConfig
 from engine.network import Network
+from engine.packing import cut
 from engine.torch_backend import translated_memory
 
 if TYPE_CHECKING:
@@ -159,7 +160,8 @@ class CudaBackend:
             with translated_memory():
                 ticket.slot.done.synchronize()
             # A copy: the pinned buffer belongs to the slot's next batch.
-            return list(np.array(ticket.output[: ticket.rows].numpy()))
+            outputs = np.array(ticket.output[: ticket.rows].numpy())
+            return cut(outputs, ticket.slot.host_lengths.numpy()[: ticket.rows].tolist())
         finally:
             ticket.slot.busy = False
 

@@ -88,19 +88,24 @@ class Opinion(Protocol):
         """Why there is no opinion, or None."""
         ...
 
-
-class Analyser(Protocol):
-    """What this needs of an engine (`engine.service.Engine`)."""
+    @property
+    def reason(self) -> str:
+        """Of the error, one word; `stopped` when it may be asked again."""
+        ...
 
     @property
     def model(self) -> str:
-        """The model's name."""
+        """The model that made it."""
         ...
 
     @property
     def model_version(self) -> str:
-        """Its version."""
+        """The model's version."""
         ...
+
+
+class Analyser(Protocol):
+    """What this needs of an engine (`engine.service.Engine`)."""
 
     async def analyze(self, texts: Sequence[str], *, task: str = ..., stream: str = ...) -> Sequence[Opinion]:
         """One opinion per text, in order."""
@@ -197,12 +202,16 @@ class SiteAnalysis:
     async def _ask(self, stream: str, texts: Sequence[str]) -> Sequence[Opinion]:
         try:
             async with asyncio.timeout(self._config.timeout_s):
-                return await self._analyser.analyze(texts, task=self._config.task, stream=stream)
+                opinions = await self._analyser.analyze(texts, task=self._config.task, stream=stream)
         except TimeoutError as error:
             raise Retryable(
                 f"on-site analysis of {len(texts)} texts took longer than local.analysis.timeout_s = "
                 f"{self._config.timeout_s}"
             ) from error
+        if stopped := next((opinion for opinion in opinions if opinion.reason == "stopped"), None):
+            # Nothing is known about these texts yet: an error in the sealed store would be final.
+            raise Retryable(stopped.error or "the engine stopped")
+        return opinions
 
     def _columns(self, rows: Sequence[Row], opinions: Sequence[Opinion]) -> Mapping[str, Sequence[Any]]:
         assert len(rows) == len(opinions), "one opinion per text"
@@ -213,10 +222,8 @@ class SiteAnalysis:
         columns |= {
             "created_time": [now_us] * count,
             "task": [self._config.task] * count,
-            "model": [self._analyser.model] * count,
-            "model_version": [self._analyser.model_version] * count,
         }
-        for name in ("label", "score", "novelty", "token_count", "truncated", "error"):
+        for name in ("label", "score", "novelty", "token_count", "truncated", "error", "model", "model_version"):
             columns[name] = [getattr(opinion, name) for opinion in opinions]
         return columns
 

@@ -100,6 +100,7 @@ async def run(
     *,
     stop: asyncio.Event | None = None,
     handle_signals: bool = True,
+    read_again: Callable[[], GatewayConfig] | None = None,
 ) -> None:
     """Runs a gateway until SIGTERM, SIGINT or `stop`.
 
@@ -114,7 +115,7 @@ async def run(
     writer = kafka_writer(config, telemetry)
     try:
         await serve(
-            compose(config, telemetry, writer),
+            compose(config, telemetry, writer, read_again),
             telemetry,
             drain_deadline_s=config.drain_deadline_s,
             stop=stop,
@@ -126,7 +127,12 @@ async def run(
         telemetry.close()
 
 
-def compose(config: GatewayConfig, telemetry: Telemetry, writer: KafkaWriter) -> list[Service]:
+def compose(
+    config: GatewayConfig,
+    telemetry: Telemetry,
+    writer: KafkaWriter,
+    read_again: Callable[[], GatewayConfig] | None = None,
+) -> list[Service]:
     """All services of a gateway, in the order of draining."""
     from gateway.live_policy import LivePolicy
     from gateway.local import LocalSink
@@ -136,14 +142,19 @@ def compose(config: GatewayConfig, telemetry: Telemetry, writer: KafkaWriter) ->
     store = SealedStore(config.local, telemetry)
     telemetry.ready_when("local", lambda: not store.full)
     path = record_path(config, telemetry, writer, policy.classify, LocalSink(store))
-    analysis = site_analysis(config, telemetry, store, writer) if config.local.analysis.enabled else []
+    analysis = site_analysis(config, telemetry, store, writer, read_again) if config.local.analysis.enabled else []
     return [*path.sources(), policy, *analysis, store, writer]
 
 
 def site_analysis(
-    config: GatewayConfig, telemetry: Telemetry, store: "SealedStore", writer: KafkaWriter
+    config: GatewayConfig,
+    telemetry: Telemetry,
+    store: "SealedStore",
+    writer: KafkaWriter,
+    read_again: Callable[[], GatewayConfig] | None,
 ) -> Sequence[Service]:
     """What follows the sealed store: the engine's opinion of its texts, and what of that may leave."""
+    from engine.reload import ModelReload
     from engine.service import Engine
     from gateway.analysis import ResultPublisher, SiteAnalysis
     from gateway.site_engine import SiteEngine
@@ -152,4 +163,5 @@ def site_analysis(
     engine = Engine(config.engine, telemetry)
     analysis = SiteAnalysis(store, engine, settings, telemetry)
     publisher = ResultPublisher(store, settings, writer.write, config.kafka.results_topic, telemetry)
-    return [SiteEngine(engine, analysis, telemetry), publisher]
+    reload = [ModelReload(engine, lambda: read_again().engine, telemetry)] if read_again is not None else []
+    return [*reload, SiteEngine(engine, analysis, telemetry), publisher]

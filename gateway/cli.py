@@ -21,7 +21,8 @@ from sluice.config import load
 def gateway(config_file: Path | None, check: bool) -> None:
     """MQTT to Kafka, for one site: what is sensitive stays here, sealed, and is analysed here.
 
-    Ends in order on SIGTERM or Ctrl-C: what is under way is settled; what is not stays with its device.
+    Ends in order on SIGTERM or Ctrl-C: what is under way is settled; what is not stays with its device. On
+    SIGHUP the engine's section is read again, and models that changed are replaced without a pause.
     """
     config = load(GatewayConfig, config_file)
     if check:
@@ -29,7 +30,7 @@ def gateway(config_file: Path | None, check: bool) -> None:
         return
     from gateway.app import run
 
-    asyncio.run(run(config))
+    asyncio.run(run(config, read_again=lambda: load(GatewayConfig, config_file)))
 
 
 def checked(config: GatewayConfig) -> str:

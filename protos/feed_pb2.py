@@ -25,47 +25,49 @@ _sym_db = _symbol_database.Default()
 from protos import record_pb2 as protos_dot_record__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11protos/feed.proto\x12\tsluice.v1\x1a\x13protos/record.proto\"\x9b\x01\n\x06Result\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x15\n\revent_time_us\x18\x02 \x01(\x03\x12\r\n\x05label\x18\x03 \x01(\t\x12\r\n\x05score\x18\x04 \x01(\x02\x12\x0f\n\x07novelty\x18\x05 \x01(\x02\x12\x11\n\tembedding\x18\x06 \x01(\x0c\x12\x13\n\x0btoken_count\x18\x07 \x01(\r\x12\x11\n\ttruncated\x18\x08 \x01(\x08\"\xe4\x01\n\x0bResultBatch\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x10\n\x08spool_id\x18\x02 \x01(\x0c\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\x0e\n\x06stream\x18\x04 \x01(\t\x12!\n\x06origin\x18\x05 \x01(\x0e\x32\x11.sluice.v1.Origin\x12\x0c\n\x04task\x18\x06 \x01(\t\x12\r\n\x05model\x18\x07 \x01(\t\x12\x15\n\rmodel_version\x18\x08 \x01(\t\x12\x17\n\x0f\x63reated_time_us\x18\t \x01(\x03\x12\"\n\x07results\x18\n \x03(\x0b\x32\x11.sluice.v1.Result\"|\n\x06\x46ilter\x12\x1e\n\x05kinds\x18\x01 \x03(\x0e\x32\x0f.sluice.v1.Kind\x12\r\n\x05sites\x18\x02 \x03(\t\x12\x0f\n\x07\x64\x65vices\x18\x03 \x03(\t\x12\x0f\n\x07streams\x18\x04 \x03(\t\x12\x0e\n\x06labels\x18\x05 \x03(\t\x12\x11\n\tscore_min\x18\x06 \x01(\x02\"^\n\x05Start\x12\x10\n\x06latest\x18\x01 \x01(\x08H\x00\x12\x12\n\x08\x65\x61rliest\x18\x02 \x01(\x08H\x00\x12\x11\n\x07time_us\x18\x03 \x01(\x03H\x00\x12\x16\n\x0cresume_token\x18\x04 \x01(\x0cH\x00\x42\x04\n\x02\x61t\"V\n\x10SubscribeRequest\x12!\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x11.sluice.v1.Filter\x12\x1f\n\x05start\x18\x02 \x01(\x0b\x32\x10.sluice.v1.Start\"A\n\nFeedRecord\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12!\n\x06record\x18\x02 \x01(\x0b\x32\x11.sluice.v1.Record\"\x92\x01\n\x0b\x46\x65\x65\x64Records\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x10\n\x08spool_id\x18\x02 \x01(\x0c\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\x0e\n\x06stream\x18\x04 \x01(\t\x12\x18\n\x10received_time_us\x18\x05 \x01(\x03\x12&\n\x07records\x18\x06 \x03(\x0b\x32\x15.sluice.v1.FeedRecord\"\xcd\x01\n\tFeedBatch\x12)\n\x07records\x18\x01 \x01(\x0b\x32\x16.sluice.v1.FeedRecordsH\x00\x12)\n\x07results\x18\x02 \x01(\x0b\x32\x16.sluice.v1.ResultBatchH\x00\x12)\n\theartbeat\x18\x03 \x01(\x0b\x32\x14.sluice.v1.HeartbeatH\x00\x12!\n\x05\x64rain\x18\x04 \x01(\x0b\x32\x10.sluice.v1.DrainH\x00\x12\x14\n\x0cresume_token\x18\x05 \x01(\x0c\x42\x06\n\x04\x62ody\"#\n\tHeartbeat\x12\x16\n\x0eserver_time_us\x18\x01 \x01(\x03\"\x17\n\x05\x44rain\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xa4\x01\n\x0e\x41nalyzeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0c\n\x04task\x18\x03 \x01(\t\x12%\n\x08priority\x18\x04 \x01(\x0e\x32\x13.sluice.v1.Priority\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x05 \x01(\r\x12\x16\n\x0ewant_embedding\x18\x06 \x01(\x08\x12\x0e\n\x06stream\x18\x07 \x01(\t\"\x96\x01\n\x0f\x41nalyzeResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12!\n\x06result\x18\x02 \x01(\x0b\x32\x11.sluice.v1.Result\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rmodel_version\x18\x04 \x01(\t\x12&\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x17.sluice.v1.AnalyzeError\"\xd7\x01\n\x0c\x41nalyzeError\x12*\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x1c.sluice.v1.AnalyzeError.Code\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r\"r\n\x04\x43ode\x12\x14\n\x10\x43ODE_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x43ODE_INVALID\x10\x01\x12\x13\n\x0f\x43ODE_OVERLOADED\x10\x02\x12\x1a\n\x16\x43ODE_DEADLINE_EXCEEDED\x10\x03\x12\x11\n\rCODE_INTERNAL\x10\x04*@\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x10\n\x0cKIND_RECORDS\x10\x01\x12\x10\n\x0cKIND_RESULTS\x10\x02*+\n\x06Origin\x12\x10\n\x0cORIGIN_CLOUD\x10\x00\x12\x0f\n\x0bORIGIN_SITE\x10\x01*8\n\x08Priority\x12\x13\n\x0fPRIORITY_ONLINE\x10\x00\x12\x17\n\x13PRIORITY_BACKGROUND\x10\x01\x32\x8e\x01\n\x04\x46\x65\x65\x64\x12@\n\tSubscribe\x12\x1b.sluice.v1.SubscribeRequest\x1a\x14.sluice.v1.FeedBatch0\x01\x12\x44\n\x07\x41nalyze\x12\x19.sluice.v1.AnalyzeRequest\x1a\x1a.sluice.v1.AnalyzeResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11protos/feed.proto\x12\tsluice.v1\x1a\x13protos/record.proto\"\xbb\x01\n\x06Result\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x15\n\revent_time_us\x18\x02 \x01(\x03\x12\r\n\x05label\x18\x03 \x01(\t\x12\r\n\x05score\x18\x04 \x01(\x02\x12\x0f\n\x07novelty\x18\x05 \x01(\x02\x12\x11\n\tembedding\x18\x06 \x01(\x0c\x12\x13\n\x0btoken_count\x18\x07 \x01(\r\x12\x11\n\ttruncated\x18\x08 \x01(\x08\x12\x1e\n\x05spans\x18\t \x03(\x0b\x32\x0f.sluice.v1.Span\"@\n\x04Span\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x12\r\n\x05label\x18\x03 \x01(\t\x12\r\n\x05score\x18\x04 \x01(\x02\"\xe4\x01\n\x0bResultBatch\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x10\n\x08spool_id\x18\x02 \x01(\x0c\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\x0e\n\x06stream\x18\x04 \x01(\t\x12!\n\x06origin\x18\x05 \x01(\x0e\x32\x11.sluice.v1.Origin\x12\x0c\n\x04task\x18\x06 \x01(\t\x12\r\n\x05model\x18\x07 \x01(\t\x12\x15\n\rmodel_version\x18\x08 \x01(\t\x12\x17\n\x0f\x63reated_time_us\x18\t \x01(\x03\x12\"\n\x07results\x18\n \x03(\x0b\x32\x11.sluice.v1.Result\"|\n\x06\x46ilter\x12\x1e\n\x05kinds\x18\x01 \x03(\x0e\x32\x0f.sluice.v1.Kind\x12\r\n\x05sites\x18\x02 \x03(\t\x12\x0f\n\x07\x64\x65vices\x18\x03 \x03(\t\x12\x0f\n\x07streams\x18\x04 \x03(\t\x12\x0e\n\x06labels\x18\x05 \x03(\t\x12\x11\n\tscore_min\x18\x06 \x01(\x02\"^\n\x05Start\x12\x10\n\x06latest\x18\x01 \x01(\x08H\x00\x12\x12\n\x08\x65\x61rliest\x18\x02 \x01(\x08H\x00\x12\x11\n\x07time_us\x18\x03 \x01(\x03H\x00\x12\x16\n\x0cresume_token\x18\x04 \x01(\x0cH\x00\x42\x04\n\x02\x61t\"V\n\x10SubscribeRequest\x12!\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x11.sluice.v1.Filter\x12\x1f\n\x05start\x18\x02 \x01(\x0b\x32\x10.sluice.v1.Start\"A\n\nFeedRecord\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12!\n\x06record\x18\x02 \x01(\x0b\x32\x11.sluice.v1.Record\"\x92\x01\n\x0b\x46\x65\x65\x64Records\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x10\n\x08spool_id\x18\x02 \x01(\x0c\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\x0e\n\x06stream\x18\x04 \x01(\t\x12\x18\n\x10received_time_us\x18\x05 \x01(\x03\x12&\n\x07records\x18\x06 \x03(\x0b\x32\x15.sluice.v1.FeedRecord\"\xcd\x01\n\tFeedBatch\x12)\n\x07records\x18\x01 \x01(\x0b\x32\x16.sluice.v1.FeedRecordsH\x00\x12)\n\x07results\x18\x02 \x01(\x0b\x32\x16.sluice.v1.ResultBatchH\x00\x12)\n\theartbeat\x18\x03 \x01(\x0b\x32\x14.sluice.v1.HeartbeatH\x00\x12!\n\x05\x64rain\x18\x04 \x01(\x0b\x32\x10.sluice.v1.DrainH\x00\x12\x14\n\x0cresume_token\x18\x05 \x01(\x0c\x42\x06\n\x04\x62ody\"#\n\tHeartbeat\x12\x16\n\x0eserver_time_us\x18\x01 \x01(\x03\"\x17\n\x05\x44rain\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xb3\x01\n\x0e\x41nalyzeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0c\n\x04task\x18\x03 \x01(\t\x12%\n\x08priority\x18\x04 \x01(\x0e\x32\x13.sluice.v1.Priority\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x05 \x01(\r\x12\x16\n\x0ewant_embedding\x18\x06 \x01(\x08\x12\x0e\n\x06stream\x18\x07 \x01(\t\x12\r\n\x05model\x18\x08 \x01(\t\"\x96\x01\n\x0f\x41nalyzeResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12!\n\x06result\x18\x02 \x01(\x0b\x32\x11.sluice.v1.Result\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rmodel_version\x18\x04 \x01(\t\x12&\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x17.sluice.v1.AnalyzeError\"\xd7\x01\n\x0c\x41nalyzeError\x12*\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x1c.sluice.v1.AnalyzeError.Code\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r\"r\n\x04\x43ode\x12\x14\n\x10\x43ODE_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x43ODE_INVALID\x10\x01\x12\x13\n\x0f\x43ODE_OVERLOADED\x10\x02\x12\x1a\n\x16\x43ODE_DEADLINE_EXCEEDED\x10\x03\x12\x11\n\rCODE_INTERNAL\x10\x04*@\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x10\n\x0cKIND_RECORDS\x10\x01\x12\x10\n\x0cKIND_RESULTS\x10\x02*+\n\x06Origin\x12\x10\n\x0cORIGIN_CLOUD\x10\x00\x12\x0f\n\x0bORIGIN_SITE\x10\x01*8\n\x08Priority\x12\x13\n\x0fPRIORITY_ONLINE\x10\x00\x12\x17\n\x13PRIORITY_BACKGROUND\x10\x01\x32\x8e\x01\n\x04\x46\x65\x65\x64\x12@\n\tSubscribe\x12\x1b.sluice.v1.SubscribeRequest\x1a\x14.sluice.v1.FeedBatch0\x01\x12\x44\n\x07\x41nalyze\x12\x19.sluice.v1.AnalyzeRequest\x1a\x1a.sluice.v1.AnalyzeResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.feed_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_KIND']._serialized_start=1776
-  _globals['_KIND']._serialized_end=1840
-  _globals['_ORIGIN']._serialized_start=1842
-  _globals['_ORIGIN']._serialized_end=1885
-  _globals['_PRIORITY']._serialized_start=1887
-  _globals['_PRIORITY']._serialized_end=1943
+  _globals['_KIND']._serialized_start=1889
+  _globals['_KIND']._serialized_end=1953
+  _globals['_ORIGIN']._serialized_start=1955
+  _globals['_ORIGIN']._serialized_end=1998
+  _globals['_PRIORITY']._serialized_start=2000
+  _globals['_PRIORITY']._serialized_end=2056
   _globals['_RESULT']._serialized_start=54
-  _globals['_RESULT']._serialized_end=209
-  _globals['_RESULTBATCH']._serialized_start=212
-  _globals['_RESULTBATCH']._serialized_end=440
-  _globals['_FILTER']._serialized_start=442
-  _globals['_FILTER']._serialized_end=566
-  _globals['_START']._serialized_start=568
-  _globals['_START']._serialized_end=662
-  _globals['_SUBSCRIBEREQUEST']._serialized_start=664
-  _globals['_SUBSCRIBEREQUEST']._serialized_end=750
-  _globals['_FEEDRECORD']._serialized_start=752
-  _globals['_FEEDRECORD']._serialized_end=817
-  _globals['_FEEDRECORDS']._serialized_start=820
-  _globals['_FEEDRECORDS']._serialized_end=966
-  _globals['_FEEDBATCH']._serialized_start=969
-  _globals['_FEEDBATCH']._serialized_end=1174
-  _globals['_HEARTBEAT']._serialized_start=1176
-  _globals['_HEARTBEAT']._serialized_end=1211
-  _globals['_DRAIN']._serialized_start=1213
-  _globals['_DRAIN']._serialized_end=1236
-  _globals['_ANALYZEREQUEST']._serialized_start=1239
-  _globals['_ANALYZEREQUEST']._serialized_end=1403
-  _globals['_ANALYZERESPONSE']._serialized_start=1406
-  _globals['_ANALYZERESPONSE']._serialized_end=1556
-  _globals['_ANALYZEERROR']._serialized_start=1559
-  _globals['_ANALYZEERROR']._serialized_end=1774
-  _globals['_ANALYZEERROR_CODE']._serialized_start=1660
-  _globals['_ANALYZEERROR_CODE']._serialized_end=1774
-  _globals['_FEED']._serialized_start=1946
-  _globals['_FEED']._serialized_end=2088
+  _globals['_RESULT']._serialized_end=241
+  _globals['_SPAN']._serialized_start=243
+  _globals['_SPAN']._serialized_end=307
+  _globals['_RESULTBATCH']._serialized_start=310
+  _globals['_RESULTBATCH']._serialized_end=538
+  _globals['_FILTER']._serialized_start=540
+  _globals['_FILTER']._serialized_end=664
+  _globals['_START']._serialized_start=666
+  _globals['_START']._serialized_end=760
+  _globals['_SUBSCRIBEREQUEST']._serialized_start=762
+  _globals['_SUBSCRIBEREQUEST']._serialized_end=848
+  _globals['_FEEDRECORD']._serialized_start=850
+  _globals['_FEEDRECORD']._serialized_end=915
+  _globals['_FEEDRECORDS']._serialized_start=918
+  _globals['_FEEDRECORDS']._serialized_end=1064
+  _globals['_FEEDBATCH']._serialized_start=1067
+  _globals['_FEEDBATCH']._serialized_end=1272
+  _globals['_HEARTBEAT']._serialized_start=1274
+  _globals['_HEARTBEAT']._serialized_end=1309
+  _globals['_DRAIN']._serialized_start=1311
+  _globals['_DRAIN']._serialized_end=1334
+  _globals['_ANALYZEREQUEST']._serialized_start=1337
+  _globals['_ANALYZEREQUEST']._serialized_end=1516
+  _globals['_ANALYZERESPONSE']._serialized_start=1519
+  _globals['_ANALYZERESPONSE']._serialized_end=1669
+  _globals['_ANALYZEERROR']._serialized_start=1672
+  _globals['_ANALYZEERROR']._serialized_end=1887
+  _globals['_ANALYZEERROR_CODE']._serialized_start=1773
+  _globals['_ANALYZEERROR_CODE']._serialized_end=1887
+  _globals['_FEED']._serialized_start=2059
+  _globals['_FEED']._serialized_end=2201
 # @@protoc_insertion_point(module_scope)

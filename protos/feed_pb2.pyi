@@ -32,7 +32,7 @@ PRIORITY_ONLINE: Priority
 PRIORITY_BACKGROUND: Priority
 
 class Result(_message.Message):
-    __slots__ = ("sequence", "event_time_us", "label", "score", "novelty", "embedding", "token_count", "truncated")
+    __slots__ = ("sequence", "event_time_us", "label", "score", "novelty", "embedding", "token_count", "truncated", "spans")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     EVENT_TIME_US_FIELD_NUMBER: _ClassVar[int]
     LABEL_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class Result(_message.Message):
     EMBEDDING_FIELD_NUMBER: _ClassVar[int]
     TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     event_time_us: int
     label: str
@@ -49,7 +50,20 @@ class Result(_message.Message):
     embedding: bytes
     token_count: int
     truncated: bool
-    def __init__(self, sequence: _Optional[int] = ..., event_time_us: _Optional[int] = ..., label: _Optional[str] = ..., score: _Optional[float] = ..., novelty: _Optional[float] = ..., embedding: _Optional[bytes] = ..., token_count: _Optional[int] = ..., truncated: _Optional[bool] = ...) -> None: ...
+    spans: _containers.RepeatedCompositeFieldContainer[Span]
+    def __init__(self, sequence: _Optional[int] = ..., event_time_us: _Optional[int] = ..., label: _Optional[str] = ..., score: _Optional[float] = ..., novelty: _Optional[float] = ..., embedding: _Optional[bytes] = ..., token_count: _Optional[int] = ..., truncated: _Optional[bool] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ...) -> None: ...
+
+class Span(_message.Message):
+    __slots__ = ("start", "end", "label", "score")
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    end: int
+    label: str
+    score: float
+    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., label: _Optional[str] = ..., score: _Optional[float] = ...) -> None: ...
 
 class ResultBatch(_message.Message):
     __slots__ = ("device_id", "spool_id", "site", "stream", "origin", "task", "model", "model_version", "created_time_us", "results")
@@ -162,7 +176,7 @@ class Drain(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class AnalyzeRequest(_message.Message):
-    __slots__ = ("request_id", "text", "task", "priority", "deadline_ms", "want_embedding", "stream")
+    __slots__ = ("request_id", "text", "task", "priority", "deadline_ms", "want_embedding", "stream", "model")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
@@ -170,6 +184,7 @@ class AnalyzeRequest(_message.Message):
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     WANT_EMBEDDING_FIELD_NUMBER: _ClassVar[int]
     STREAM_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     text: str
     task: str
@@ -177,7 +192,8 @@ class AnalyzeRequest(_message.Message):
     deadline_ms: int
     want_embedding: bool
     stream: str
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., task: _Optional[str] = ..., priority: _Optional[_Union[Priority, str]] = ..., deadline_ms: _Optional[int] = ..., want_embedding: _Optional[bool] = ..., stream: _Optional[str] = ...) -> None: ...
+    model: str
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., task: _Optional[str] = ..., priority: _Optional[_Union[Priority, str]] = ..., deadline_ms: _Optional[int] = ..., want_embedding: _Optional[bool] = ..., stream: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
 
 class AnalyzeResponse(_message.Message):
     __slots__ = ("request_id", "result", "model", "model_version", "error")

@@ -198,6 +198,8 @@ class LakeStorage:
             secret_key=option("AWS_SECRET_ACCESS_KEY"),
             session_token=option("AWS_SESSION_TOKEN"),
             region=option("AWS_REGION") or option("AWS_DEFAULT_REGION"),
+            # A file below 5 MB is one request and not three, whose last one may fail with a 200.
+            allow_delayed_open=True,
             endpoint_override=endpoint,
             scheme="http" if endpoint and endpoint.startswith("http:") else "https",
         )

@@ -18,14 +18,14 @@ another process, keep `subscription.resume_token` with what you did with the ite
 
 from typing import TYPE_CHECKING
 
-from sluice.client.items import Answer, Batch, RecordItem, ResultItem
+from sluice.client.items import Answer, Batch, RecordItem, ResultItem, TextSpan
 
 if TYPE_CHECKING:
     from sluice.client.aio import AsyncFeedClient
     from sluice.client.channel import Tls
     from sluice.client.sync import FeedClient
 
-__all__ = ["Answer", "Batch", "RecordItem", "ResultItem", "connect", "connect_async"]
+__all__ = ["Answer", "Batch", "RecordItem", "ResultItem", "TextSpan", "connect", "connect_async"]
 
 
 def connect(target: str, *, tls: "Tls | None" = None) -> "FeedClient":

@@ -66,9 +66,10 @@ class AsyncFeedClient:
         priority: Literal["online", "background"] = "online",
         deadline_s: float | None = None,
         embed: bool = False,
+        model: str = "",
     ) -> AsyncGenerator[Answer, None]:
         """See `FeedClient.analyze`."""
-        books = Books(texts, Ask(task, stream, priority, deadline_s, embed))
+        books = Books(texts, Ask(task, stream, priority, deadline_s, embed, model))
         outbox: asyncio.Queue[feed_pb2.AnalyzeRequest | None] = asyncio.Queue()
         call = self._stub.Analyze(_drawn(outbox))
         try:
@@ -154,8 +155,8 @@ async def _exchange(
     books: Books, outbox: "asyncio.Queue[feed_pb2.AnalyzeRequest | None]", call: Any
 ) -> AsyncGenerator[Answer, None]:
     loop = asyncio.get_running_loop()
-    for request in books.next_requests():
-        outbox.put_nowait(request)
+    for answer in books.advance(outbox.put_nowait):
+        yield answer
     if books.finished:
         return
     async for response in call:
@@ -163,10 +164,8 @@ async def _exchange(
         if again is not None:
             request, delay_s = again
             loop.call_later(delay_s, outbox.put_nowait, request)
-        for answer in books.answers():
+        for answer in books.advance(outbox.put_nowait):
             yield answer
-        for request in books.next_requests():
-            outbox.put_nowait(request)
         if books.finished:
             return
     raise Retryable("the server ended the stream before all texts were answered; try again")

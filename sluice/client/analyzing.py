@@ -1,17 +1,22 @@
 """The books of one `analyze` call: which texts are under way, which answers are due, what is sent again. Pure.
 
-Invariants: every text gets exactly one answer; answers are given in the order of the texts; at most `window` texts were
-sent and not yet given, so memory does not depend on how many texts there are.
+Invariants: every text gets exactly one answer, and one that cannot be sent gets it without asking; answers are given in
+the order of the texts; at most `window` texts were sent and not yet given, so memory does not depend on how many texts
+there are.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from protos import feed_pb2
 from sluice.client.items import Answer, answer_of
 
-ATTEMPTS_MAX = 8
+ATTEMPTS_MAX: Final = 8
+# A request must fit into what a server takes by default (1 MiB, feed.request_bytes_max), with names and numbers beside.
+TEXT_BYTES_MAX: Final = (1 << 20) - 4096
+# Of a text that is refused for its size, so much comes back with the answer.
+_SHOWN_CHARS: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +28,7 @@ class Ask:
     priority: Literal["online", "background"] = "online"
     deadline_s: float | None = None
     embed: bool = False
+    model: str = ""
 
 
 class Books:
@@ -56,6 +62,10 @@ class Books:
                 self._exhausted = True
                 return
             index, text = following
+            if wrong := refusal(text):
+                shown = text[:_SHOWN_CHARS] if isinstance(text, str) else ""
+                self._ready[index] = Answer(index, shown, error=wrong, error_code="invalid")
+                continue
             self._sent[index] = (text, 1)
             yield self._request(index, text)
 
@@ -77,6 +87,17 @@ class Books:
             yield self._ready.pop(self._next_out)
             self._next_out += 1
 
+    def advance(self, send: Callable[[feed_pb2.AnalyzeRequest], None]) -> Iterator[Answer]:
+        """Sends what may be sent and gives what is due, until more of either needs a response."""
+        moved = True
+        while moved:
+            moved = False
+            for request in self.next_requests():
+                send(request)
+            for answer in self.answers():
+                moved = True
+                yield answer
+
     def _request(self, index: int, text: str) -> feed_pb2.AnalyzeRequest:
         ask = self._ask
         priority = feed_pb2.PRIORITY_ONLINE if ask.priority == "online" else feed_pb2.PRIORITY_BACKGROUND
@@ -88,4 +109,16 @@ class Books:
             priority=priority,
             deadline_ms=int((ask.deadline_s or 0) * 1000),
             want_embedding=ask.embed,
+            model=ask.model,
         )
+
+
+def refusal(text: object) -> str:
+    """Why a text cannot be sent; empty when it can."""
+    if not isinstance(text, str):
+        return f"not a text but {type(text).__name__}"
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        return f"not valid Unicode at position {error.start}: a byte that is not UTF-8, or a lone surrogate"
+    return f"text of {size} bytes exceeds {TEXT_BYTES_MAX}" if size > TEXT_BYTES_MAX else ""

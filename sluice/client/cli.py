@@ -2,14 +2,16 @@
 
 import base64
 import binascii
+import os
 import re
+import stat
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import click
 
@@ -17,6 +19,7 @@ from sluice.errors import ConfigError
 
 if TYPE_CHECKING:
     from sluice.client.channel import Tls
+    from sluice.client.items import Answer
     from sluice.client.sync import FeedClient, Subscription
 
 DEFAULT_TARGET: Final = "127.0.0.1:7443"
@@ -67,31 +70,62 @@ def tail(kinds: str, begin: str, as_json: bool, limit: int | None, timeout: floa
 @click.command()
 @connection_options
 @click.argument("texts", nargs=-1)
-@click.option("--file", "file", type=click.File("r", encoding="utf-8", errors="replace"), help="One text per line; -.")
+@click.option("--file", "file", type=click.File("rb"), help="A file with one text per line, in UTF-8; - for stdin.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
-@click.option("--task", default="", help="classify (default), embed, novelty.")
+@click.option("--task", default="", help="classify (default), embed, novelty, tokens.")
+@click.option("--model", default="", help="One of the server's models, by name; default: one that offers the task.")
 @click.option("--stream", default="", help="Whose texts they are; novelty is kept per stream.")
 @click.option("--embed", is_flag=True, help="Add the embedding (with --json).")
 @click.option("--deadline", type=click.FloatRange(min=0, min_open=True), help="Seconds per text.")
-def analyze(texts: tuple[str, ...], file: TextIO | None, as_json: bool, deadline: float | None, **options: Any) -> None:
-    """Asks the engine about texts, given as arguments or as lines of a file; exits with 1 when one has no answer."""
-    from sluice.client.render import json_line, pretty_answer
+def analyze(
+    texts: tuple[str, ...], file: BinaryIO | None, as_json: bool, deadline: float | None, **options: Any
+) -> None:
+    """Asks the engine about texts, given as arguments or as lines of a file; exits with 1 when one has no answer.
+
+    Empty lines are passed over. While results go elsewhere than to the terminal, it shows how far the file is done.
+    """
+    from sluice.client.lines import Lines, Progress
 
     if not texts and file is None:
         raise ConfigError('nothing to analyse: give texts ("disk full") or --file FILE')
-    failed = count = 0
-    progress = not as_json and file is not None and sys.stderr.isatty() and not sys.stdout.isatty()
+    shown = file is not None and sys.stderr.isatty() and not sys.stdout.isatty()
+    lines = Lines(file) if file is not None else None
+    progress = Progress(_replace_line if shown else lambda _: None, time.monotonic, _size(file))
     with connected(options) as client:
-        for answer in client.analyze(all_texts(texts, file), deadline_s=deadline, **options):
-            click.echo(json_line(answer) if as_json else pretty_answer(answer))
-            count += 1
-            failed += answer.error is not None
-            if progress and count % 100 == 0:
-                click.echo(f"\r{count} texts", err=True, nl=False)
-    if progress:
-        click.echo(f"\r{count} texts", err=True)
-    if failed:
+        try:
+            for answer in client.analyze(chain(texts, lines or ()), deadline_s=deadline, **options):
+                line, bytes_done = lines.taken() if lines is not None and answer.index >= len(texts) else (0, 0)
+                _show_answer(answer, line, as_json=as_json)
+                progress.answered(answer.error is not None, bytes_done)
+        finally:
+            progress.end()
+    if progress.failed:
+        click.echo(f"{progress.failed:,} of {progress.count:,} texts have no result", err=True)
         sys.exit(1)
+
+
+def _show_answer(answer: "Answer", line: int, *, as_json: bool) -> None:
+    """One line; with the number of the file's line, where it comes from one."""
+    from sluice.client.render import json_line, pretty_answer
+
+    if as_json:
+        click.echo(json_line(answer, line=line) if line else json_line(answer))
+        return
+    where = f"line {line}: " if line and answer.error is not None else ""
+    click.echo(where + pretty_answer(answer))
+
+
+def _replace_line(line: str) -> None:
+    click.echo(f"\r\x1b[K{line}", err=True, nl=False)
+
+
+def _size(file: BinaryIO | None) -> int:
+    """Bytes in a file; 0 for a pipe or a terminal."""
+    try:
+        status = os.fstat(file.fileno()) if file is not None else None
+    except OSError:  # no file at all, but something in memory
+        return 0
+    return status.st_size if status is not None and stat.S_ISREG(status.st_mode) else 0
 
 
 def connected(options: dict[str, Any]) -> "FeedClient":
@@ -171,11 +205,3 @@ def tls_of(ca: str | None, certificate: str | None, key: str | None, server_name
         if path and not Path(path).is_file():
             raise ConfigError(f"{path}: no such file")
     return Tls(ca, certificate, key, server_name)
-
-
-def all_texts(texts: Iterable[str], file: TextIO | None) -> Iterator[str]:
-    """The arguments, then the lines of the file that are not empty."""
-    yield from texts
-    for line in file or ():
-        if text := line.rstrip("\r\n"):
-            yield text

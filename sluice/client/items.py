@@ -63,6 +63,16 @@ Item = RecordItem | ResultItem
 
 
 @dataclass(frozen=True, slots=True)
+class TextSpan:
+    """A part of a text, such as a name: `text[start:end]`, what it is, and how sure that is in [0, 1]."""
+
+    start: int
+    end: int
+    label: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Items that came together.
 
@@ -81,6 +91,7 @@ class Answer:
 
     Attributes:
         index: of the text among those given.
+        spans: parts of the text with labels of their own, in order (task `tokens`).
         error: None, or a text; `error_code` is then `invalid`, `overloaded`, `deadline_exceeded` or `internal`.
     """
 
@@ -96,6 +107,7 @@ class Answer:
     model_version: str = ""
     error: str | None = None
     error_code: str = ""
+    spans: tuple[TextSpan, ...] = ()
 
 
 def items_of(message: feed_pb2.FeedBatch) -> tuple[Item, ...]:
@@ -125,6 +137,7 @@ def answer_of(index: int, text: str, response: feed_pb2.AnalyzeResponse) -> Answ
         truncated=result.truncated,
         model=response.model,
         model_version=response.model_version,
+        spans=tuple(TextSpan(span.start, span.end, span.label, span.score) for span in result.spans),
     )
 
 

@@ -5,6 +5,7 @@ reader's terminal.
 """
 
 import base64
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -18,9 +19,9 @@ TEXT_CHARS_MAX: Final = 200
 _COLOURS: Final = ("green", "yellow", "magenta", "cyan", "blue", "bright_red", "bright_green", "bright_magenta")
 
 
-def json_line(item: Item | Answer) -> str:
-    """The item as one line of JSON; bytes are base64, spool ids hexadecimal, NaN is null."""
-    return msgspec.json.encode(as_dict(item)).decode()
+def json_line(item: Item | Answer, **more: int) -> str:
+    """The item, with `more` beside, as one line of JSON; bytes are base64, spool ids hexadecimal, NaN is null."""
+    return msgspec.json.encode(as_dict(item) | more).decode()
 
 
 def as_dict(item: Item | Answer) -> dict[str, Any]:
@@ -41,8 +42,13 @@ def as_dict(item: Item | Answer) -> dict[str, Any]:
         return body
     if isinstance(item, Answer):
         body = {name: getattr(item, name) for name in item.__slots__}
+        # Bytes that were no UTF-8 are shown as such: JSON cannot hold them.
+        body["text"] = item.text.encode(errors="backslashreplace").decode()
+        body["spans"] = [asdict(span) for span in item.spans]
         if item.error is None:
             del body["error"], body["error_code"]
+        if not item.spans:
+            del body["spans"]
     else:
         body = {"kind": "result", **_identity(item)}
         body |= {name: getattr(item, name) for name in item.__slots__ if name not in body}
@@ -71,6 +77,9 @@ def pretty_answer(answer: Answer) -> str:
     if answer.error is not None:
         return f"{click.style(answer.error_code, fg='red')}  {printable(answer.error)}  {text}"
     verdict = click.style(f"{printable(answer.label) or '-'} {answer.score:.2f}", fg=colour_of(answer.label))
+    verdict += "".join(
+        f"  {printable(span.label)} {printable(answer.text[span.start : span.end])!r}" for span in answer.spans
+    )
     cut = click.style("  (truncated)", fg="yellow") if answer.truncated else ""
     return f"{verdict}  {text}{cut}"
 

@@ -85,22 +85,24 @@ class FeedClient:
         priority: Literal["online", "background"] = "online",
         deadline_s: float | None = None,
         embed: bool = False,
+        model: str = "",
     ) -> Iterator[Answer]:
         """Online inference: one answer per text, in order, while texts are still being read.
 
         Args:
             texts: any number.
-            task: `classify` (default) or `embed`.
+            task: `classify` (default), `embed`, `novelty` or `tokens`, as far as the server's models offer it.
             stream: whose texts they are; novelty is kept per stream.
             priority: `online` goes first.
             deadline_s: per text; None for the server's default.
             embed: whether answers carry the embedding.
+            model: the name of one of the server's models; empty: the one that offers the task.
 
         Raises:
             Permanent: the server has no engine.
             Retryable: the server is away.
         """
-        books = Books(texts, Ask(task, stream, priority, deadline_s, embed))
+        books = Books(texts, Ask(task, stream, priority, deadline_s, embed, model))
         outbox: queue.SimpleQueue[feed_pb2.AnalyzeRequest | None] = queue.SimpleQueue()
         call = self._stub.Analyze(iter(outbox.get, None))
         try:
@@ -181,8 +183,7 @@ class Subscription:
 def _exchange(
     books: Books, outbox: "queue.SimpleQueue[feed_pb2.AnalyzeRequest | None]", call: Iterable[Any]
 ) -> Iterator[Answer]:
-    for request in books.next_requests():
-        outbox.put(request)
+    yield from books.advance(outbox.put)
     if books.finished:
         return
     for response in call:
@@ -192,9 +193,7 @@ def _exchange(
             timer = threading.Timer(delay_s, outbox.put, (request,))
             timer.daemon = True
             timer.start()
-        yield from books.answers()
-        for request in books.next_requests():
-            outbox.put(request)
+        yield from books.advance(outbox.put)
         if books.finished:
             return
     raise Retryable("the server ended the stream before all texts were answered; try again")

@@ -12,9 +12,9 @@ from types import FrameType
 
 import click
 
-from sluice.demo.launch import die_with_parent
 from sluice.demo.loopback import HOST
 from sluice.errors import ConfigError, MissingExtra, Permanent, SluiceError
+from sluice.parent import die_with_parent
 
 _POLL_S = 0.2
 

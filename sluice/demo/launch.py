@@ -9,23 +9,10 @@ Invariants: the signal is tied to the parent *thread* that forked, so that threa
 Fails with status 127 when the command cannot be executed, 128 when the parent is already gone.
 """
 
-import ctypes
 import os
-import signal
 import sys
-from typing import Final
 
-_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
-
-
-def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
-    """Asks the kernel to send this process `number` when the thread that forked it ends. It survives `exec`."""
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0) != 0:
-        error = ctypes.get_errno()
-        raise OSError(error, f"prctl(PR_SET_PDEATHSIG): {os.strerror(error)}")
+from sluice.parent import die_with_parent
 
 
 def command_line(argv: list[str]) -> list[str]:

@@ -193,6 +193,10 @@ class Analysis:
     token_count: int = 0
     truncated: bool = False
     error: str | None = None
+    reason: str = ""
+    model: str = "small"
+    model_version: str = "1"
+    spans: tuple[Any, ...] = ()
 
 
 class SmallEngine:
@@ -201,14 +205,13 @@ class SmallEngine:
     `gate` keeps calls waiting while it is cleared; a text that begins with a key of `errors` raises or fails as said.
     """
 
-    model = "small"
-    model_version = "1"
-
     def __init__(self) -> None:
         self.gate = asyncio.Event()
         self.gate.set()
         self.raises: dict[str, Exception] = {}
+        self.fails: dict[str, Analysis] = {}
         self.calls: list[tuple[tuple[str, ...], str, Priority]] = []
+        self.models: list[str] = []
         self.cancelled = 0
         self.waiting = 0
 
@@ -221,8 +224,10 @@ class SmallEngine:
         priority: Priority = Priority.BACKGROUND,
         deadline_s: float | None = None,
         embed: bool = False,
+        model: str = "",
     ) -> list[Analysis]:
         self.calls.append((tuple(texts), task, priority))
+        self.models.append(model)
         for text in texts:
             if text in self.raises:
                 raise self.raises[text]
@@ -231,16 +236,18 @@ class SmallEngine:
             async with asyncio.timeout(deadline_s):
                 await self.gate.wait()
         except TimeoutError:
-            return [Analysis(error="its deadline passed")] * len(texts)
+            return [Analysis(error="its deadline passed", reason="deadline")] * len(texts)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
         finally:
             self.waiting -= 1
-        return [self._one(text, embed) for text in texts]
+        return [self.fails.get(text) or self._one(text, embed) for text in texts]
 
     @staticmethod
     def _one(text: str, embed: bool) -> Analysis:
         if text.startswith("bad"):
-            return Analysis(error="this text cannot be analysed")
-        return Analysis(text.split("-", maxsplit=1)[0], 0.75, 0.25, b"\x00\x3c" if embed else None, len(text), False)
+            return Analysis(error="this text cannot be analysed", reason="text")
+        vector = b"\x00\x3c" if embed else None
+        label = text.split("-", maxsplit=1)[0]
+        return Analysis(label, 0.75, 0.25, vector, len(text))

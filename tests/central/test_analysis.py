@@ -114,6 +114,19 @@ async def test_an_engine_in_trouble_is_waited_for(topics: Topics, trouble: Excep
     assert sorted(sequences_in(topics)) == [0, 1]
 
 
+async def test_an_engine_that_stops_with_texts_under_way_loses_none_of_their_results(topics: Topics) -> None:
+    engine = SmallEngine()
+    engine.fails["line-1"] = feed_support.Analysis(error="its compute thread died", reason="stopped")
+    topics.records(envelope(0, 3))
+    async with running(topics, engine) as analysis:
+        await until(lambda: len(engine.calls) > 2, "it is tried again")
+        assert sequences_in(topics) == []
+        engine.fails.clear()
+        await published(analysis, "host", 3)
+        assert counted(analysis, "sluice_analysis_text_failed_texts_total") == 0
+    assert sequences_in(topics) == [0, 1, 2]
+
+
 async def test_what_is_in_flight_is_bounded_and_the_engine_has_several_envelopes_at_once(topics: Topics) -> None:
     engine = SmallEngine()
     engine.gate.clear()
@@ -244,7 +257,7 @@ def test_results_are_cut_into_messages_of_bounded_size() -> None:
     assert texts is not None
     analyses = [feed_support.Analysis(label="x" * 90) for _ in range(100)]
     analyses[7] = feed_support.Analysis(error="no")
-    said = {"task": "t", "model": "m", "model_version": "v", "created_time_us": 1, "bytes_max": 1000}
+    said = {"task": "t", "created_time_us": 1, "bytes_max": 1000}
     batches = list(batches_of_results(texts, analyses, **said))
     assert [r.sequence for b in batches for r in b.results] == [i for i in range(100) if i != 7]
     assert len(batches) > 5

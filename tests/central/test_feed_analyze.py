@@ -7,9 +7,10 @@ import grpc
 import pytest
 
 from engine.lane import Priority
+from engine.spans import Span
 from protos import feed_pb2
 from sluice.errors import Backpressure, Permanent, Retryable
-from tests.central.feed_support import TIMEOUT_S, SmallEngine, Topics, running_feed, stub, until
+from tests.central.feed_support import TIMEOUT_S, Analysis, SmallEngine, Topics, running_feed, stub, until
 
 Request = feed_pb2.AnalyzeRequest
 Errors = feed_pb2.AnalyzeError
@@ -95,6 +96,26 @@ async def test_a_text_that_the_engine_refuses_is_invalid(client: Any) -> None:
     assert answers["2" * 256].error.code == Errors.CODE_INVALID
 
 
+@pytest.mark.parametrize(
+    ("reason", "code", "retry_after_ms"),
+    [
+        ("text", Errors.CODE_INVALID, 0),
+        ("model", Errors.CODE_INVALID, 0),
+        ("deadline", Errors.CODE_DEADLINE_EXCEEDED, 0),
+        ("device", Errors.CODE_INTERNAL, 0),
+        ("stopped", Errors.CODE_OVERLOADED, 1000),
+    ],
+)
+async def test_the_code_follows_the_reason_and_not_the_clock(
+    client: Any, engine: SmallEngine, reason: Any, code: int, retry_after_ms: int
+) -> None:
+    engine.fails["one"] = Analysis(error="no result", reason=reason)
+    answers = await ask(client, Request(request_id="1", text="one"), Request(request_id="2", text="two"))
+    error = answers["1"].error
+    assert (error.code, error.message, error.retry_after_ms) == (code, "no result", retry_after_ms)
+    assert answers["2"].result.label == "two"
+
+
 @pytest.mark.parametrize("stream", ["x" * 129, "a b", "../up"])
 async def test_a_stream_that_is_no_name_is_refused(client: Any, stream: str) -> None:
     answers = await ask(client, Request(request_id="1", text="t", stream=stream))
@@ -151,3 +172,11 @@ async def test_without_an_engine_it_says_so(topics: Topics, tmp_path: Path) -> N
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await call.read()
         assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_the_model_asked_for_reaches_the_engine_and_spans_come_back(client: Any, engine: SmallEngine) -> None:
+    engine.fails["one"] = Analysis("WORD", 0.5, spans=(Span(0, 3, "WORD", 0.5),))
+    answers = await ask(client, Request(request_id="a", text="one", model="ner"), Request(request_id="b", text="two"))
+    assert sorted(engine.models) == ["", "ner"]
+    found = [(span.start, span.end, span.label, span.score) for span in answers["a"].result.spans]
+    assert found == [(0, 3, "WORD", 0.5)]

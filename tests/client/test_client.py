@@ -1,5 +1,8 @@
 import asyncio
+import contextlib
 import json
+import os
+import re
 import subprocess
 import sys
 import threading
@@ -168,6 +171,72 @@ def test_analyze_answers_arguments_and_files_and_fails_when_one_has_no_answer(to
         assert shown.exit_code == 1
         assert "fine 0.75" in shown.stdout
         assert "invalid" in shown.stdout
+
+
+def test_a_bad_line_of_a_file_is_named_and_the_others_are_answered(topics: Topics, tmp_path: Path) -> None:
+    file = tmp_path / "lines.txt"
+    bad = [b"\xff\xfe binary", b"\xed\xa0\x80 a lone surrogate", b"x" * 3_000_000]
+    good = [b"one-1", b"nul-\0", "zwölf-12".encode(), b"y" * 1_000_000, b"last-9"]
+    file.write_bytes(b"\n".join([good[0], bad[0], b"", good[1], bad[1], good[2], bad[2], good[3], b"\r", good[4]]))
+    with feed_thread(topics, tmp_path, SmallEngine()) as feed:
+        run = CliRunner().invoke
+        shown = run(analyze, ["--target", feed.target, "--file", str(file), "--json"])
+        answers = [json.loads(line) for line in shown.stdout.splitlines()]
+        assert shown.exit_code == 1
+        assert [(answer["line"], "error" in answer) for answer in answers] == [
+            (1, False),
+            (2, True),
+            (4, False),
+            (5, True),
+            (6, False),
+            (7, True),
+            (8, False),
+            (10, False),
+        ]
+        assert answers[1]["text"] == "\\udcff\\udcfe binary"
+        assert "exceeds" in answers[5]["error"]
+        assert shown.stderr == "3 of 8 texts have no result\n", "no bar where there is no terminal"
+        shown = run(analyze, ["--target", feed.target, "--file", "-"], input=file.read_bytes())
+        assert shown.exit_code == 1
+        assert "line 5: invalid  not valid Unicode at position 0" in shown.stdout
+        shown = run(analyze, ["--target", feed.target, "first-0", "--file", "-", "--json"], input=b"\nsecond-1\n")
+        assert [json.loads(line).get("line") for line in shown.stdout.splitlines()] == [None, 2]
+        shown = run(analyze, ["--target", feed.target, "--file", str(tmp_path / "none.txt")])
+        assert (shown.exit_code, "No such file" in shown.stderr) == (2, True)
+
+
+def test_a_file_shows_how_far_it_is_where_there_is_a_terminal(topics: Topics, tmp_path: Path) -> None:
+    file, out = tmp_path / "lines.txt", tmp_path / "out.txt"
+    file.write_text("".join(f"line-{i}\n" for i in range(2000)))
+    main, terminal = os.openpty()
+    with feed_thread(topics, tmp_path, SmallEngine()) as feed, out.open("wb") as results:
+        program = "import sys; from sluice.client.cli import analyze; analyze(sys.argv[1:])"
+        arguments = ["--target", feed.target, "--file", str(file)]
+        command = [sys.executable, "-c", program, *arguments]
+        process = subprocess.Popen(command, stdout=results, stderr=terminal, cwd=Path(__file__).parents[2])
+        os.close(terminal)
+        shown = _read_all(main)
+        assert process.wait(60) == 0, shown
+    assert re.search(r"\r\x1b\[K\[#+-+\] +\d+%  \d+:\d\d left  [\d,]+ texts \([\d,]+/s\)", shown), shown[:500]
+    assert shown.endswith("\r\x1b[K")
+    assert out.read_text().count("\n") == 2000
+
+
+def _read_all(descriptor: int) -> str:
+    content = b""
+    with contextlib.suppress(OSError):  # Linux says EIO when the other side is closed
+        while piece := os.read(descriptor, 1 << 16):
+            content += piece
+    os.close(descriptor)
+    return content.decode()
+
+
+async def test_the_asyncio_client_answers_what_cannot_be_sent_too(topics: Topics, tmp_path: Path) -> None:
+    async with running_feed(topics, tmp_path, SmallEngine()) as (_, target), connect_async(target) as client:
+        texts = ["one-1", *["\ud800"] * 100, "two-2"]
+        answers = [answer async for answer in client.analyze(texts)]
+    assert [answer.text for answer in answers] == texts
+    assert [answer.error_code for answer in answers] == ["", *["invalid"] * 100, ""]
 
 
 def test_the_client_needs_neither_torch_nor_kafka_and_grpc_only_when_used() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sluice.client.cli import parse_begin, tls_of, token_text
-from sluice.client.items import Answer, RecordItem, ResultItem
+from sluice.client.items import Answer, RecordItem, ResultItem, TextSpan
 from sluice.client.render import TEXT_CHARS_MAX, clock_time, json_line, pretty_answer, pretty_line, printable
 from sluice.errors import ConfigError
 from sluice.record import Record
@@ -95,3 +95,12 @@ def test_tls_options_are_checked_before_anything_is_sent(tmp_path) -> None:
         tls_of(None, "c.pem", None, None)
     with pytest.raises(ConfigError, match=r"absent\.pem"):
         tls_of(str(tmp_path / "absent.pem"), None, None, None)
+
+
+def test_an_answer_shows_what_was_found_in_its_text() -> None:
+    spans = (TextSpan(0, 4, "PER", 0.75), TextSpan(14, 19, "LOC", 0.5))
+    answer = Answer(0, "Anna lives in \x1b[1mm", label="PER", score=0.75, spans=spans)
+    assert click.unstyle(pretty_answer(answer)).startswith("PER 0.75  PER 'Anna'  LOC ")
+    assert pretty_answer(answer).count("\x1b[1m") == 0
+    assert json.loads(json_line(answer))["spans"][0] == {"start": 0, "end": 4, "label": "PER", "score": 0.75}
+    assert "spans" not in json.loads(json_line(Answer(0, "x")))

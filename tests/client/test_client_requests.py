@@ -1,5 +1,6 @@
 import random
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -7,10 +8,12 @@ from hypothesis import strategies as st
 
 from protos import feed_pb2
 from sluice.backoff import Backoff
-from sluice.client.analyzing import ATTEMPTS_MAX, Ask, Books
+from sluice.client.analyzing import ATTEMPTS_MAX, TEXT_BYTES_MAX, Ask, Books, refusal
 from sluice.client.requests import Progress, build_filter, build_start
 from sluice.errors import Permanent, Retryable
 
+# Lone surrogates included: what a program reads with `surrogateescape` may hold them.
+ANY_TEXT = st.text(st.characters(), max_size=5)
 BEAT = feed_pb2.Heartbeat(server_time_us=1)
 
 
@@ -70,13 +73,13 @@ def test_starts_are_told_apart() -> None:
         build_filter(kinds=["record"])  # type: ignore[list-item]
 
 
-@given(st.lists(st.text(max_size=5), max_size=60), st.integers(1, 8), st.data())
+@given(st.lists(ANY_TEXT, max_size=60), st.integers(1, 8), st.data())
 def test_every_text_gets_one_answer_in_order_whatever_comes_back_first(
     texts: list[str], window: int, data: st.DataObject
 ) -> None:
     books = Books(iter(texts), Ask(), window)
-    waiting = list(books.next_requests())
-    answers = []
+    waiting: list[feed_pb2.AnalyzeRequest] = []
+    answers = list(books.advance(waiting.append))
     while not books.finished:
         assert 0 < len(waiting) <= window
         request = waiting.pop(data.draw(st.integers(0, len(waiting) - 1)))
@@ -87,11 +90,37 @@ def test_every_text_gets_one_answer_in_order_whatever_comes_back_first(
             response.result.label = request.text
         again = books.take(response)
         waiting += [again[0]] if again else []
-        answers += books.answers()
-        waiting += books.next_requests()
+        answers += books.advance(waiting.append)
     assert [answer.text for answer in answers] == texts
     assert [answer.index for answer in answers] == list(range(len(texts)))
-    assert all(answer.error_code == "overloaded" or answer.label == answer.text for answer in answers)
+    for answer in answers:
+        if refusal(answer.text):
+            assert (answer.error_code, answer.error) == ("invalid", refusal(answer.text))
+        else:
+            assert answer.error_code == "overloaded" or answer.label == answer.text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a\ud800", "not valid Unicode at position 1"),
+        ("a" * (TEXT_BYTES_MAX + 1), "exceeds"),
+        ("ä" * (TEXT_BYTES_MAX // 2 + 1), "exceeds"),
+        (None, "not a text but NoneType"),
+        (b"bytes", "not a text but bytes"),
+    ],
+)
+def test_a_text_that_cannot_be_sent_is_answered_at_once_and_alone(text: Any, message: str) -> None:
+    sent: list[feed_pb2.AnalyzeRequest] = []
+    books = Books([text] * 100, Ask(), window=4)
+    answers = list(books.advance(sent.append))
+    assert (len(answers), sent, books.finished) == (100, [], True)
+    assert all(answer.error_code == "invalid" and message in str(answer.error) for answer in answers)
+    assert all(len(answer.text) <= 1000 for answer in answers)
+    books = Books(["a", text, "a" * TEXT_BYTES_MAX], Ask())
+    assert list(books.advance(sent.append)) == []
+    assert [request.request_id for request in sent] == ["0", "2"]
+    assert sent[1].ByteSize() < 1 << 20
 
 
 def test_an_overloaded_server_is_asked_again_later_but_not_for_ever() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engine import models
-from engine.config import DEFAULT_MODEL, EngineConfig
+from engine.config import DEFAULT_MODEL, CacheConfig, EngineConfig
 from engine.models import ModelCard
 from engine.service import Engine
 from engine.tokens import Tokenizer
@@ -43,6 +43,12 @@ def plain(minilm: ModelCard) -> Any:
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Small models with random weights, one folder per kind, made here."""
     return tiny.build_all(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> CacheConfig:
+    """Where models converted to OpenVINO are kept, so that each is converted once per session."""
+    return CacheConfig(directory=str(tmp_path_factory.mktemp("converted")))
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
 """A device for tests, and an engine's parts around it.
 
 `FakeBackend` passes the same conformance suite as the real ones. It runs out of memory at will: above a number of
-padded tokens, or at chosen submissions; and it fails on rows that hold a poisoned id.
+padded tokens, or at chosen submissions; it fails on rows that hold a poisoned id, and takes its process with it on
+rows that hold a deadly one. In a worker process (`open_fake`) it can be caught in the middle of a batch.
 """
 
+import os
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from engine import tasks
-from engine.backend import BackendInfo, DeviceMemory, DeviceOutOfMemory
+from engine.backend import BackendInfo, DeviceLost, DeviceMemory, DeviceOutOfMemory
 from engine.buckets import Ladder
 from engine.config import EngineConfig
 from engine.cost import CostTracker
+from engine.fleet import Device
 from engine.loading import Loaded, embed
 from engine.memory import Admission
 from engine.models import ModelCard
@@ -49,12 +53,19 @@ class FakeBackend:
 
     depth: int = 1
     exact_lengths: bool = True
+    packed: bool = False
     length_max: int = 64
     memory_tokens: int = 1 << 30
     fail_submissions: set[int] = field(default_factory=set)
+    lose_submissions: set[int] = field(default_factory=set)
+    lose_collections: set[int] = field(default_factory=set)
     poison: int = -1
+    deadly: int = -1
+    hang_once: str = ""
+    peak_tokens: int = 0
     batches: list[tuple[int, int]] = field(default_factory=list)
     submissions: int = 0
+    collections: int = 0
     emptied: int = 0
     closed: bool = False
     gate: threading.Event | None = None
@@ -62,34 +73,61 @@ class FakeBackend:
 
     @property
     def info(self) -> BackendInfo:
-        return BackendInfo("fake", "fp32", self.depth, self.exact_lengths, self.length_max, WIDTH)
+        return BackendInfo("fake", "fp32", self.depth, self.exact_lengths, self.length_max, WIDTH, packed=self.packed)
 
     def submit(self, rows: Sequence[npt.NDArray[np.int32]], length: int) -> object:
         assert rows
         assert all(0 < len(row) <= length <= self.length_max for row in rows)
         self.submissions += 1
-        if len(rows) * length > self.memory_tokens or self.submissions in self.fail_submissions:
+        computed = sum(map(len, rows)) if self.packed else len(rows) * length
+        if computed > self.memory_tokens or self.submissions in self.fail_submissions:
             raise DeviceOutOfMemory(f"{len(rows)} rows of {length}")
+        if self.submissions in self.lose_submissions:
+            raise DeviceLost("the test took it away")
+        self.peak_tokens = max(self.peak_tokens, computed)
         self.batches.append((len(rows), length))
         return [np.array(row) for row in rows]
 
     def collect(self, ticket: object) -> list[npt.NDArray[np.float16]]:
         assert isinstance(ticket, list)
+        self.collections += 1
+        if self.collections in self.lose_collections:
+            raise DeviceLost("the test took it away")
         self.started.set()
         if self.gate is not None:
             assert self.gate.wait(30), "the test forgot to open the gate"
+        if self.hang_once:
+            hang_once(Path(self.hang_once))
         if any(self.poison in row for row in ticket):
             raise RuntimeError("poisoned")
+        if any(self.deadly in row for row in ticket):
+            os.kill(os.getpid(), signal.SIGKILL)
         return [embedding(row) for row in ticket]
 
     def memory(self) -> DeviceMemory:
-        return DeviceMemory(0, 0, 1 << 30, 0)
+        return DeviceMemory(0, 0, 1 << 30, 1000 * self.peak_tokens)
 
     def empty_cache(self) -> None:
         self.emptied += 1
+        self.peak_tokens = 0
 
     def close(self) -> None:
         self.closed = True
+
+
+def hang_once(fifo: Path) -> None:
+    """Says through a named pipe that a batch is under way and hangs; goes on at once when somebody did so before."""
+    try:
+        fifo.with_suffix(".first").touch(exist_ok=False)
+    except FileExistsError:
+        return
+    fifo.write_text(str(os.getpid()), encoding="ascii")
+    threading.Event().wait()
+
+
+def open_fake(**arguments: Any) -> tuple[FakeBackend, dict[str, str]]:
+    """An opener for worker processes."""
+    return FakeBackend(**arguments), {"fake": "yes"}
 
 
 def embedding(ids: Sequence[int] | npt.NDArray[np.int32]) -> npt.NDArray[np.float16]:
@@ -110,6 +148,8 @@ def fake_loader(
         tokens = tokenizer or byte_tokenizer(backend.info.length_max)
         ladder = Ladder(config.ladder, backend.info.length_max)
         costs = CostTracker()
+        if backend.info.exact_lengths or backend.info.packed:
+            ladder = ladder.refined()
         budget = batch_tokens if config.batch_tokens == "auto" else config.batch_tokens
         waits = (config.online_max_wait_ms / 1000, config.background_max_wait_ms / 1000)
         limits = Limits(budget, config.batch_rows_max, config.queue_tokens_max, config.online_share, waits)
@@ -122,6 +162,7 @@ def fake_loader(
             backend.submissions = 0
         card = ModelCard("fake", Path(), "0" * 12, "embedding", backend.info.length_max, "mean", (), {})
         scheduler = Scheduler(ladder, limits, costs.model)
-        return Loaded(card, backend, tokens, ladder, costs, Admission(budget), scheduler, offered, {"model": "fake"})
+        device = Device("fake", backend, costs, Admission(budget))
+        return Loaded(card, [device], tokens, ladder, scheduler, offered, {"model": "fake"})
 
     return load

@@ -1,4 +1,4 @@
-"""One conformance suite for every backend: the fake device, PyTorch on the CPU, and on CUDA where there is one."""
+"""One conformance suite for every backend: the fake device, PyTorch on the CPU and on CUDA, OpenVINO where it is."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,29 +7,32 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine import models
+from engine import backends, models
 from engine.backend import Backend
-from engine.config import EngineConfig
+from engine.config import CacheConfig, EngineConfig
 from tests.engine.fakes import FakeBackend
 
 NAMES = ["fake", "bert", "bert-cls", "head", "distilbert", "roberta"]
+NO_OPENVINO = pytest.mark.skipif(not backends.installed(), reason="the extra is not installed")
+OPENVINO = [pytest.param(f"openvino:{name}", marks=NO_OPENVINO) for name in NAMES[1:]]
 GPU = [pytest.param(f"cuda:{name}", marks=pytest.mark.gpu) for name in ("bert", "head", "distilbert")]
 
 
-@pytest.fixture(params=[*NAMES, *GPU])
-def backend(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Iterator[Backend]:
-    device, _, name = request.param.rpartition(":")
-    opened = FakeBackend() if name == "fake" else open_tiny(tiny_models[name], device=device or "cpu")
+@pytest.fixture(params=[*NAMES, *OPENVINO, *GPU])
+def backend(request: pytest.FixtureRequest, tiny_models: dict[str, Path], converted: CacheConfig) -> Iterator[Backend]:
+    where, _, name = request.param.rpartition(":")
+    choice: dict[str, Any] = (
+        {"backend": "openvino", "caches": converted} if where == "openvino" else {"device": where or "cpu"}
+    )
+    opened = FakeBackend() if name == "fake" else open_tiny(tiny_models[name], **choice)
     yield opened
     opened.close()
     opened.close()
 
 
 def open_tiny(folder: Path, **changes: Any) -> Backend:
-    from engine.torch_backend import open_backend
-
-    config = EngineConfig(**{"model": str(folder), "precision": "fp32", "device": "cpu", **changes})
-    return open_backend(config, models.read_card(str(folder), folder), {})
+    config = EngineConfig(**{"model": str(folder), "precision": "fp32", "device": "cpu", "backend": "torch", **changes})
+    return backends.open_backend(config, models.read_card(str(folder), folder), {})
 
 
 def rows(*lengths: int) -> list[np.ndarray]:  # type: ignore[type-arg]

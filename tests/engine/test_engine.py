@@ -197,7 +197,7 @@ async def test_when_the_compute_thread_dies_everyone_is_told(
     def crash(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("engine.runner.Runner._finish", crash)
+    monkeypatch.setattr("engine.driver.Driver._finish", crash)
     gate.set()
     (got,) = await engine.analyze(["text"])
     assert "compute thread died" in str(got.error)

@@ -106,7 +106,8 @@ async def test_split_after_out_of_memory_changes_no_output(
 ) -> None:
     def loader(section: EngineConfig) -> Loaded:
         loaded = load(section)
-        loaded.backend = Tight(loaded.backend, tokens_max=300)
+        for device in loaded.devices:
+            device.backend = Tight(device.backend, tokens_max=300)
         return loaded
 
     engine: Engine = await open_engine(config(batch_tokens=1024), loader=loader)

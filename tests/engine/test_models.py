@@ -49,8 +49,14 @@ def test_a_folder_says_kind_labels_limits_and_pooling(tiny_models: dict[str, Pat
         ("config.json", "{broken", "config.json: damaged"),
         ("config.json", "[]", "not a JSON object"),
         ("model.safetensors", None, "no safetensors weights"),
+        ("config.json", "\x00\xff", "config.json: damaged"),
+        ("config.json", '{"architectures": "nothing"}', "names the architecture None, which transformers .* Upgrade"),
         ("tokenizer.json", "{}", "cannot load the tokenizer"),
-        ("model.safetensors", "junk", "cannot load the weights"),
+        ("tokenizer.json", "{broken", "cannot load the tokenizer"),
+        ("tokenizer.json", None, "cannot load the tokenizer from .*: it has no tokenizer.json; copy or download it"),
+        ("model.safetensors", "junk", "cannot load the weights: .*model.safetensors: damaged .*download the model again"),
+        ("model.safetensors", "", "cannot load the weights: .*model.safetensors: damaged"),
+        ("model.safetensors", "version https://git-lfs.github.com/spec/v1", "Git LFS pointer .*git lfs pull"),
     ],
 )
 def test_a_damaged_folder_is_refused_naming_what_is_wrong(
@@ -61,6 +67,78 @@ def test_a_damaged_folder_is_refused_naming_what_is_wrong(
     else:
         (folder / file).write_text(content)
     with pytest.raises(Permanent, match=message):
+        open_all(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "no-such-model"}, "architecture 'no-such-model', which transformers .* does not know"),
+        ({"architectures": ["OwnForSequenceClassification"], "auto_map": {"AutoModel": "own.Own"}}, "never run"),
+        ({"id2label": {"zero": "x"}}, "config.json: damaged: .*copy or download the model again"),
+        ({"id2label": {"1": "x", "2": "y"}}, "config.json: damaged: id2label does not name the labels 0, 1, 2"),
+        ({"max_position_embeddings": "many"}, "config.json: damaged"),
+        ({"hidden_size": 33}, "cannot load the weights"),
+        ({"architectures": ["BertForTokenClassification"], "num_hidden_layers": 5}, r"lacks \d+ weights"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(folder: Path, changes: dict[str, object], message: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(Permanent, match=message) as error:
+        open_all(folder)
+    assert str(folder) in str(error.value) or "'m'" in str(error.value)
+
+
+@pytest.mark.parametrize("kept", [4, 200, -64])
+def test_weights_that_were_cut_short_are_named(folder: Path, kept: int) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(Permanent, match=r"model\.safetensors: damaged \(.*\); copy or download the model again"):
+        open_all(folder)
+
+
+def test_a_missing_part_of_the_weights_is_named(folder: Path) -> None:
+    index = {"metadata": {}, "weight_map": {"classifier.weight": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(Permanent, match=r"model-00002-of-00002\.safetensors is missing"):
+        open_all(folder)
+
+
+def test_code_beside_a_model_is_never_run(folder: Path, tmp_path: Path) -> None:
+    witness = tmp_path / "witness"
+    (folder / "own.py").write_text(f"open({str(witness)!r}, 'w')\n")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForSequenceClassification": "own.Own", "AutoTokenizer": ["own.Own", None]}
+    (folder / "config.json").write_text(json.dumps(config))
+    open_all(folder)  # transformers knows the architecture: its own code is used
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [
+        ("BertModel", "embedding"),
+        ("BertForMaskedLM", "embedding"),
+        ("BertForTokenClassification", "tokens"),
+        ("GPT2LMHeadModel", "generation"),
+        ("LlamaForCausalLM", "generation"),
+        ("Glm4vForConditionalGeneration", "generation"),
+        ("T5ForConditionalGeneration", "generation"),
+    ],
+)
+def test_the_kind_follows_from_the_architecture(folder: Path, architecture: str, kind: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
+    assert models.read_card("m", folder).kind == kind
+    (folder / "modules.json").write_text("[]")  # sentence-transformers made an embedding model of it
+    assert models.read_card("m", folder).kind == ("embedding" if kind == "generation" else kind)
+
+
+def test_a_generative_model_is_no_encoder(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(Permanent, match=r"generates text \(LlamaForCausalLM\): it offers generate, and none of embed"):
         open_all(folder)
 
 

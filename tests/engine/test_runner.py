@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from engine.buckets import Ladder
 from engine.config import LADDER
 from engine.cost import PRIOR, CostTracker
+from engine.fleet import Device, DeviceEvent, Recovery
 from engine.lane import Item, Priority
 from engine.memory import Admission
 from engine.runner import Report, Runner
@@ -23,28 +24,45 @@ POISON = 999
 
 
 class Desk:
-    """A runner with its reports."""
+    """A runner over one or more devices, with its reports."""
 
-    def __init__(self, backend: FakeBackend, budget: int = 256) -> None:
+    def __init__(self, *backends: FakeBackend, budget: int = 256) -> None:
         limits = Limits(budget, 64, 10_000, 0.25, (0.05, 0.25))
-        scheduler = Scheduler(Ladder(LADDER, backend.length_max), limits, PRIOR)
-        self.admission = Admission(budget)
+        ladder = Ladder(LADDER, backends[0].length_max)
+        if backends[0].exact_lengths:
+            ladder = ladder.refined()
+        self.admissions = [Admission(budget) for _ in backends]
+        self.devices = [
+            # The same object stands for the device that was opened anew.
+            Device(f"fake/{i}", backend, CostTracker(), self.admissions[i], lambda backend=backend: backend)
+            for i, backend in enumerate(backends)
+        ]
         self.reports: list[Report] = []
-        self.runner = Runner(backend, scheduler, CostTracker(), self.admission, self._report)
+        self.events: list[DeviceEvent] = []
+        recovery = Recovery(first_s=1e-4, max_s=1e-3)
+        self.runner = Runner(
+            self.devices, Scheduler(ladder, limits, PRIOR), self._report, on_event=self.events.append, recovery=recovery
+        )
         self._wanted = 0
         self._done = threading.Event()
+        self._lock = threading.Lock()
+
+    @property
+    def admission(self) -> Admission:
+        return self.admissions[0]
 
     @property
     def outcomes(self) -> dict[int, object]:
         return {key: value for report in self.reports for key, value in report.outputs.items()}
 
     def _report(self, report: Report) -> None:
-        for key in report.outputs:
-            assert key not in self.outcomes, "reported twice"
-        self.reports.append(report)
-        settled = len(self.outcomes) + sum(len(each.expired) for each in self.reports)
-        if settled >= self._wanted:
-            self._done.set()
+        with self._lock:
+            for key in report.outputs:
+                assert key not in self.outcomes, "reported twice"
+            self.reports.append(report)
+            settled = len(self.outcomes) + sum(len(each.expired) for each in self.reports)
+            if settled >= self._wanted:
+                self._done.set()
 
     def run(self, rows: list[np.ndarray]) -> None:  # type: ignore[type-arg]
         """Adds all rows, runs until all are reported."""
@@ -75,26 +93,78 @@ def right(outcome: object, row: np.ndarray) -> bool:  # type: ignore[type-arg]
     return isinstance(outcome, np.ndarray) and bool((outcome == embedding(row)).all())
 
 
+kinds = st.sampled_from(["exact", "fixed", "packed"])
+
+
 @settings(max_examples=40)
 @given(
     st.lists(st.integers(1, 64), max_size=60),
     st.integers(64, 300),
     st.sets(st.integers(1, 30), max_size=6),
-    st.booleans(),
+    kinds,
     st.sampled_from([1, 2]),
+    st.sampled_from([1, 3]),
 )
 def test_out_of_memory_never_loses_doubles_or_changes_a_text(
-    lengths: list[int], memory: int, failures: set[int], exact: bool, depth: int
+    lengths: list[int], memory: int, failures: set[int], kind: str, depth: int, devices: int
 ) -> None:
-    backend = FakeBackend(memory_tokens=memory, fail_submissions=failures, exact_lengths=exact, depth=depth)
-    desk = Desk(backend, budget=512)
+    desk = Desk(
+        *(
+            FakeBackend(
+                memory_tokens=memory,
+                fail_submissions=failures,
+                exact_lengths=kind != "fixed",
+                packed=kind == "packed",
+                depth=depth,
+            )
+            for _ in range(devices)
+        ),
+        budget=512,
+    )
     batch = rows(*lengths)
     desk.run(batch)
     assert desk.outcomes.keys() == set(range(len(batch)))
     # A text alone is tried twice: it may fail only if memory failed twice in a row.
     wrong = [i for i, row in enumerate(batch) if not right(desk.outcomes[i], row)]
     assert all(isinstance(desk.outcomes[i], Retryable) for i in wrong)
-    assert len(wrong) <= len(failures) // 2
+    assert len(wrong) <= devices * (len(failures) // 2)
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.integers(1, 64), max_size=60),
+    st.sets(st.integers(1, 25), max_size=8),
+    st.sets(st.integers(1, 25), max_size=8),
+    kinds,
+    st.sampled_from([1, 2]),
+    st.sampled_from([1, 3]),
+)
+def test_devices_that_die_never_lose_double_or_change_a_text(
+    lengths: list[int], at_submit: set[int], at_collect: set[int], kind: str, depth: int, devices: int
+) -> None:
+    desk = Desk(
+        *(
+            FakeBackend(
+                lose_submissions=at_submit,
+                lose_collections=at_collect,
+                fail_submissions={3, 4},
+                exact_lengths=kind != "fixed",
+                packed=kind == "packed",
+                depth=depth,
+            )
+            for _ in range(devices)
+        )
+    )
+    batch = rows(*lengths)
+    desk.run(batch)
+    assert desk.outcomes.keys() == set(range(len(batch)))
+    wrong = [i for i, row in enumerate(batch) if not right(desk.outcomes[i], row)]
+    # Given up only when its device died a second time, or memory failed twice in a row.
+    lost = sum(event.kind == "lost" for event in desk.events)
+    assert len(wrong) <= depth * lost + devices
+    assert all(isinstance(desk.outcomes[i], Retryable) for i in wrong)
+    assert {event.kind for event in desk.events} <= {"lost", "restored"}
+    assert not desk.runner.queued_tokens
 
 
 def test_out_of_memory_empties_the_cache_splits_and_lowers_the_limit() -> None:
@@ -190,3 +260,18 @@ def test_reports_add_up() -> None:
     assert sum(report.rows for report in desk.reports) == 60
     assert sum(report.tokens for report in desk.reports) == sum(lengths)
     assert sum(report.padded_tokens for report in desk.reports) == sum(r * n for r, n in backend.batches)
+    (device,) = desk.runner.devices()
+    assert (device.rows, device.batches) == (60, len(backend.batches))
+    assert device.busy_s == pytest.approx(sum(report.seconds for report in desk.reports))
+    assert {report.device for report in desk.reports} == {device.name}
+    assert device.memory is not None
+
+
+def test_a_packed_device_computes_no_padding_and_its_budget_counts_real_tokens() -> None:
+    backend = FakeBackend(packed=True)
+    desk = Desk(backend, budget=128)
+    lengths = [3, 17, 30, 64, 9, 12] * 10
+    desk.run(rows(*lengths))
+    assert sum(report.padded_tokens for report in desk.reports) == sum(lengths)
+    assert max(report.tokens for report in desk.reports) <= 128
+    assert len(desk.reports) <= 1.4 * sum(lengths) / 128

@@ -1,7 +1,8 @@
 """The scheduler, in simulated time."""
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from engine.buckets import Ladder
 from engine.config import LADDER
 from engine.cost import CostModel
 from engine.lane import Item, Lane, Priority
-from engine.scheduler import Limits, Scheduler
+from engine.scheduler import Limits, Scheduler, Terms
 from sluice.errors import Backpressure
 
 COST = CostModel(launch_s=0.005, token_s=1e-4, attention_s=0.0, row_s=0.0)
@@ -32,7 +33,7 @@ def limits(**changes: object) -> Limits:
 
 
 def scheduler(**changes: object) -> Scheduler:
-    return Scheduler(Ladder(LADDER, LENGTH_MAX), limits(**changes), COST)
+    return Scheduler(Ladder(LADDER, LENGTH_MAX).refined(), limits(**changes), COST)
 
 
 def item(
@@ -43,10 +44,12 @@ def item(
 
 @dataclass
 class World:
-    """A device that takes as long as the cost model says, and arrivals at given times."""
+    """Devices that take as long as the cost model says, and arrivals at given times."""
 
     scheduler: Scheduler
     arrivals: list[Item]
+    lanes: int = 1
+    packed: bool = False
     now: float = 0.0
     served: dict[int, float] = field(default_factory=dict)
     expired: dict[int, float] = field(default_factory=dict)
@@ -54,31 +57,41 @@ class World:
     batches: list[tuple[float, tuple[Item, ...], int]] = field(default_factory=list)
 
     def run(self) -> None:
-        waiting = sorted(self.arrivals, key=lambda each: each.arrived_s)
+        waiting = deque(sorted(self.arrivals, key=lambda each: each.arrived_s))
+        free = [0.0] * self.lanes
         while waiting or len(self.scheduler):
+            self.now = heappop(free)
             while waiting and waiting[0].arrived_s <= self.now:
-                arrival = waiting.pop(0)
+                arrival = waiting.popleft()
                 try:
                     self.scheduler.add([arrival])
                 except Backpressure:
                     self.refused.add(arrival.id)
-            queued = len(self.scheduler)
-            assignment = self.scheduler.next_batch(self.now)
-            for each in assignment.expired:
-                assert each.id not in self.expired
-                self.expired[each.id] = self.now
-            if not assignment.batch:
-                assert queued == len(assignment.expired), "an idle device must not wait while anything is queued"
-                if waiting:
-                    self.now = max(self.now, waiting[0].arrived_s)
-                continue
-            self.batches.append((self.now, assignment.batch, assignment.length))
-            self.now += COST.batch_s(len(assignment.batch), assignment.length)
-            for each in assignment.batch:
-                assert each.id not in self.served, "served twice"
-                self.served[each.id] = self.now
+            heappush(free, self._turn(waiting))
+
+    def _turn(self, waiting: deque[Item]) -> float:
+        """One device asks for a batch; when it asks again."""
+        queued = len(self.scheduler)
+        terms = Terms(self.scheduler.limits.batch_tokens, COST, self.packed)
+        assignment = self.scheduler.next_batch(self.now, terms)
+        for each in assignment.expired:
+            assert each.id not in self.expired
+            self.expired[each.id] = self.now
+        if not assignment.batch:
+            assert queued == len(assignment.expired), "an idle device must not wait while anything is queued"
+            return max(self.now, waiting[0].arrived_s) if waiting else self.now
+        self.batches.append((self.now, assignment.batch, assignment.length))
+        end = self.now + COST.work_s(len(assignment.batch), self.computed(assignment.batch, assignment.length), 0)
+        for each in assignment.batch:
+            assert each.id not in self.served, "served twice"
+            self.served[each.id] = end
+        return end
+
+    def computed(self, batch: tuple[Item, ...], length: int) -> int:
+        return sum(each.tokens for each in batch) if self.packed else len(batch) * length
 
 
+devices = st.tuples(st.sampled_from([1, 2, 5]), st.booleans())
 arrivals = st.lists(
     st.tuples(
         st.integers(1, LENGTH_MAX),
@@ -95,11 +108,11 @@ arrivals = st.lists(
 )
 
 
-@given(arrivals, st.sampled_from([64, 512, 1024]))
+@given(arrivals, st.sampled_from([64, 512, 1024]), devices)
 def test_every_text_is_served_once_or_expired_after_its_deadline_and_none_is_lost(
-    items: list[Item], budget: int
+    items: list[Item], budget: int, kind: tuple[int, bool]
 ) -> None:
-    world = World(scheduler(batch_tokens=budget), items)
+    world = World(scheduler(batch_tokens=budget), items, *kind)
     world.run()
     assert world.served.keys() | world.expired.keys() == {each.id for each in items}
     assert not world.served.keys() & world.expired.keys()
@@ -110,39 +123,44 @@ def test_every_text_is_served_once_or_expired_after_its_deadline_and_none_is_los
     assert world.scheduler.queued_tokens == 0
 
 
-@given(arrivals, st.sampled_from([64, 512, 1024]), st.sampled_from([1, 7, 64]))
-def test_a_batch_never_exceeds_the_budget_and_every_text_fits_in_it(items: list[Item], budget: int, rows: int) -> None:
-    world = World(scheduler(batch_tokens=budget, batch_rows=rows), items)
+@given(arrivals, st.sampled_from([64, 512, 1024]), st.sampled_from([1, 7, 64]), devices)
+def test_a_batch_never_exceeds_the_budget_and_every_text_fits_in_it(
+    items: list[Item], budget: int, rows: int, kind: tuple[int, bool]
+) -> None:
+    world = World(scheduler(batch_tokens=budget, batch_rows=rows), items, *kind)
     world.run()
     for _, batch, length in world.batches:
         assert len(batch) <= rows
-        assert len(batch) * length <= budget or len(batch) == 1
+        assert world.computed(batch, length) <= budget or len(batch) == 1
         assert max(each.tokens for each in batch) <= length
 
 
-@given(st.lists(st.tuples(st.floats(0.1, 5), st.sampled_from(Priority)), min_size=2, max_size=60))
+@given(st.lists(st.tuples(st.floats(0.1, 5), st.sampled_from(Priority)), min_size=2, max_size=60), st.booleans())
 def test_of_equal_texts_of_one_priority_the_earlier_deadline_is_served_first(
-    rows: list[tuple[float, Priority]],
+    rows: list[tuple[float, Priority]], packed: bool
 ) -> None:
     # Longer than any wait, so that deadlines and not ages decide; far enough that none expires.
     subject = scheduler(batch_rows=1, max_wait_s=(100.0, 100.0))
     subject.add([item(i, 16, priority, until=until + 50) for i, (until, priority) in enumerate(rows)])
-    order = [subject.next_batch(0.0).batch[0] for _ in rows]
+    order = [subject.next_batch(0.0, Terms(1024, COST, packed)).batch[0] for _ in rows]
     for priority in Priority:
         deadlines = [each.deadline_s for each in order if each.priority is priority]
         assert deadlines == sorted(deadlines)
 
 
 @settings(max_examples=15)
-@given(st.integers(1, LENGTH_MAX), st.sampled_from(Priority))
-def test_nothing_starves_under_a_flood_of_the_other_priority_and_lengths(tokens: int, priority: Priority) -> None:
+@given(st.integers(1, LENGTH_MAX), st.sampled_from(Priority), devices)
+def test_nothing_starves_under_a_flood_of_the_other_priority_and_lengths(
+    tokens: int, priority: Priority, kind: tuple[int, bool]
+) -> None:
     other = Priority(1 - priority)
-    # Three times what the device can do, for ever; the queue refuses the excess.
-    flood = [item(i, 16 + i % 128, other, at=i * 0.0015) for i in range(1, 4000)]
-    world = World(scheduler(queue_tokens=50_000), [item(0, tokens, priority, at=0.5), *flood])
+    # Three times what the devices can do, for ever; the queue refuses the excess.
+    flood = [item(i, 16 + i % 128, other, at=i * 0.0015 / kind[0]) for i in range(1, 4000)]
+    begun = 0.3 / kind[0]
+    world = World(scheduler(queue_tokens=50_000), [item(0, tokens, priority, at=begun), *flood], *kind)
     world.run()
     assert world.refused
-    assert world.served[0] - 0.5 < 3.0
+    assert world.served[0] - begun < 3.0
 
 
 def test_an_online_text_waits_for_few_batches_however_long_the_backlog_is() -> None:
@@ -175,10 +193,59 @@ def test_a_batch_led_by_one_online_text_is_filled_up_with_background() -> None:
 def test_shorter_texts_ride_along_when_a_batch_of_their_own_costs_more() -> None:
     subject = scheduler()
     subject.add([item(1, 64), item(2, 48), item(3, 8)])
-    batch = subject.next_batch(0.0).batch
-    # 16 padded tokens cost 1.6 ms, a batch of its own 5 ms; 56 cost 5.6 ms.
-    assert {each.id for each in batch} == {1, 2}
+    # 16 padded tokens cost 1.6 ms, 56 cost 5.6 ms; half a launch, which is the price of a batch of its own, 2.5 ms.
+    assert {each.id for each in subject.next_batch(0.0).batch} == {1, 2}
     assert {each.id for each in subject.next_batch(0.0).batch} == {3}
+
+
+def test_what_rides_along_follows_the_measured_cost_of_the_device_that_asks() -> None:
+    cheap_launch = CostModel(launch_s=0.001, token_s=1e-4, attention_s=0.0, row_s=0.0)
+    dear_launch = CostModel(launch_s=0.02, token_s=1e-4, attention_s=0.0, row_s=0.0)
+    dear_attention = CostModel(launch_s=0.02, token_s=1e-4, attention_s=1e-5, row_s=0.0)
+    for cost, together in ((cheap_launch, 1), (dear_launch, 3), (dear_attention, 1)):
+        subject = scheduler()
+        subject.add([item(1, 64), item(2, 48), item(3, 8)])
+        assert len(subject.next_batch(0.0, Terms(1024, cost)).batch) == together
+
+
+def test_rows_with_many_of_their_kind_wait_for_a_batch_of_their_own() -> None:
+    subject = scheduler()
+    subject.add([item(0, 64, at=-0.1), *(item(i, 48) for i in range(1, 11))])
+    # A launch shared by ten costs less than 16 tokens of padding; longer rows are not worth padding a short one for.
+    assert {each.id for each in subject.next_batch(0.2).batch} == {0}
+    assert len(subject.next_batch(0.2).batch) == 10
+
+
+def test_a_packed_batch_takes_any_lengths_the_nearest_first() -> None:
+    subject = scheduler(batch_tokens=300)
+    subject.add([item(1, 100, at=-1.0), item(2, 8), item(3, 96), item(4, 90), item(5, 250), item(6, 5)])
+    batch = subject.next_batch(0.0, Terms(300, COST, packed=True)).batch
+    assert [each.id for each in batch] == [1, 3, 4, 2, 6]
+
+
+def test_a_text_that_runs_alone_shares_its_batch_with_nobody_and_keeps_its_turn() -> None:
+    subject = scheduler()
+    first, second = item(1, 32, at=-1.0), item(2, 32, at=-0.5)
+    subject.add([item(i, 32) for i in range(10, 20)])
+    subject.retry([first, second])
+    assert subject.queued_tokens == 12 * 32
+    for packed in (False, True):
+        alone = subject.next_batch(0.0, Terms(1024, COST, packed))
+        assert [each.id for each in alone.batch] == [2 if packed else 1]
+        assert alone.batch[0].alone
+    assert len(subject.next_batch(0.0).batch) == 10
+    assert not len(subject)
+
+
+def test_a_text_that_runs_alone_can_be_cancelled_promoted_and_expire() -> None:
+    subject = scheduler()
+    subject.retry([item(1, 32), item(2, 32), item(3, 32, until=1.0)])
+    assert subject.cancel(1)
+    subject.promote(2, Priority.ONLINE, NEVER)
+    assignment = subject.next_batch(2.0)
+    assert [each.id for each in assignment.expired] == [3]
+    assert assignment.batch[0].id == 2
+    assert assignment.batch[0].alone
 
 
 def test_a_text_longer_than_the_budget_runs_alone() -> None:
@@ -191,7 +258,7 @@ def test_a_text_longer_than_the_budget_runs_alone() -> None:
 def test_short_memory_lowers_the_budget_of_the_next_batch() -> None:
     subject = scheduler()
     subject.add([item(i, 32) for i in range(32)])
-    assert len(subject.next_batch(0.0, tokens_max=128).batch) == 4
+    assert len(subject.next_batch(0.0, Terms(128, COST)).batch) == 4
     assert len(subject.next_batch(0.0).batch) == 28
 
 

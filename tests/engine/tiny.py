@@ -36,27 +36,38 @@ SHAPE = {
 }
 
 
+# Labels of the models for `tokens`: with and without prefixes, and nothing.
+ENTITIES = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC")
+
+
 def build_all(root: Path) -> dict[str, Path]:
-    """Folders by name: `bert`, `bert-cls`, `head`, `distilbert`, `roberta`."""
+    """Folders by name: `bert`, `bert-cls`, `head`, `distilbert`, `roberta`; for `tokens`: `ner`, `ner-bytes`."""
     import torch
     from transformers import (
         BertConfig,
         BertForSequenceClassification,
+        BertForTokenClassification,
         BertModel,
         DistilBertConfig,
         DistilBertModel,
         RobertaConfig,
         RobertaForSequenceClassification,
+        RobertaForTokenClassification,
     )
 
     torch.manual_seed(7)
     three = {"id2label": {0: "low", 1: "middle", 2: "high"}, "label2id": {"low": 0, "middle": 1, "high": 2}}
+    entities = {"id2label": dict(enumerate(ENTITIES)), "label2id": {label: i for i, label in enumerate(ENTITIES)}}
     made: dict[str, Any] = {
         "bert": BertModel(BertConfig(**SHAPE)),
         "bert-cls": BertModel(BertConfig(**SHAPE)),
         "head": BertForSequenceClassification(BertConfig(**SHAPE, **three)),
         "distilbert": DistilBertModel(
             DistilBertConfig(vocab_size=64, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=48)
+        ),
+        "ner": BertForTokenClassification(BertConfig(**{**SHAPE, "vocab_size": 200}, **entities)),
+        "ner-bytes": RobertaForTokenClassification(
+            RobertaConfig(**{**SHAPE, "vocab_size": 300}, **entities, pad_token_id=0)
         ),
         "roberta": RobertaForSequenceClassification(RobertaConfig(**SHAPE, **three, pad_token_id=0)),
     }
@@ -65,7 +76,7 @@ def build_all(root: Path) -> dict[str, Path]:
         _widen(model)
         folders[name] = root / name
         model.save_pretrained(folders[name])
-        _save_tokenizer(folders[name])
+        SAVERS.get(name, _save_tokenizer)(folders[name])
     pooling = folders["bert-cls"] / "1_Pooling"
     pooling.mkdir()
     (pooling / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
@@ -85,16 +96,56 @@ def _widen(model: Any) -> None:
 
 
 def _save_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3, **{word: i + 4 for i, word in enumerate(WORDS)}}
     fast = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    _wrap(fast, folder)
+
+
+def _save_pieces(folder: Path) -> None:
+    """WordPiece: lower case, accents dropped, words cut into pieces with ##."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    pieces = [*WORDS, *letters, *(f"##{letter}" for letter in letters), "##ing", "##ed", ".", ",", "-", "磁"]
+    vocabulary = {token: i for i, token in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *dict.fromkeys(pieces)])}
+    fast = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    fast.normalizer = normalizers.BertNormalizer(lowercase=True)
+    fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    fast.decoder = decoders.WordPiece()
+    _wrap(fast, folder, model_max_length=46)
+
+
+def _save_bytes(folder: Path) -> None:
+    """Byte-level BPE without merges: every byte is a token, so letters beyond ASCII are several."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *alphabet]
+    fast = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    _wrap(fast, folder, model_max_length=46)
+
+
+def _wrap(fast: Any, folder: Path, **limits: int) -> None:
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
     fast.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=fast, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]"
+        tokenizer_object=fast,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+        **limits,
     )
     wrapped.save_pretrained(folder)
+
+
+SAVERS = {"ner": _save_pieces, "ner-bytes": _save_bytes}

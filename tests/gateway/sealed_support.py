@@ -102,26 +102,28 @@ class Said:
     token_count: int = 4
     truncated: bool = False
     error: str | None = None
+    reason: str = ""
+    model: str = "length"
+    model_version: str = "1"
 
 
 class Analyser:
     """Says how long a text is. Can be dead, slow or wrong."""
 
-    model = "length"
-    model_version = "1"
-
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
         self.error: Exception | None = None
-        self.hang = False
+        self.hang = self.stopped = False
 
     async def analyze(self, texts: Sequence[str], *, task: str = "classify", stream: str = "") -> Sequence[Said]:
         if self.hang:
             await asyncio.Event().wait()
         if self.error:
             raise self.error
+        if self.stopped:
+            return [Said("", error="the engine stopped", reason="stopped") for _ in texts]
         self.calls.append(list(texts))
-        return [Said("bad", error="unreadable") if "bad" in t else Said(f"length {len(t)}") for t in texts]
+        return [Said("bad", error="unreadable", reason="text") if "bad" in t else Said(f"length {len(t)}") for t in texts]
 
     @property
     def seen(self) -> list[str]:

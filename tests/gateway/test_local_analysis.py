@@ -122,17 +122,17 @@ async def test_with_no_field_listed_nothing_is_sent(tmp_path: Path) -> None:
     assert upstream.raw == b""
 
 
-@pytest.mark.parametrize("trouble", ["dead", "hanging", "broken"])
+@pytest.mark.parametrize("trouble", ["dead", "hanging", "broken", "stopped"])
 async def test_sealing_goes_on_while_the_engine_does_not(tmp_path: Path, trouble: str) -> None:
     analyser, upstream = Analyser(), Upstream()
-    analyser.hang = trouble == "hanging"
+    analyser.hang, analyser.stopped = trouble == "hanging", trouble == "stopped"
     analyser.error = {"dead": Retryable("not running"), "broken": RuntimeError("bug")}.get(trouble)
     here = site(tmp_path, analyser, upstream)
     for i in range(5):
         await here.store.write(local_batch(i * 2, 2))
     await until(lambda: here.log.events().count("sealed_follow_retried") >= 2, "two attempts")
     assert sum(f.rows for f in here.store.records.files()) == 10
-    analyser.hang, analyser.error = False, None
+    analyser.hang, analyser.stopped, analyser.error = False, False, None
     await until(lambda: sorted(upstream.sequences) == list(range(10)), "all results, once the engine is back")
     await here.end()
 

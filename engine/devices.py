@@ -1,0 +1,298 @@
+"""Which devices a model runs on, and opening them: lanes of one process, or worker processes.
+
+* Several GPUs: a worker process each, since one interpreter cannot launch for all of them.
+* Several NUMA nodes: a worker process each, pinned to the node's CPUs, whose memory it then uses.
+* Else a CPU is divided into lanes by measurement (`lanes`): threads on one copy of the weights. Worker processes of
+  one thread cost a copy of everything each; they are tried where they could be clearly faster.
+
+Fails: what opening a backend raises (`Permanent`, `ConfigError`); what was opened before is closed.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from engine import lanes
+from engine.backend import Backend
+from engine.backends import open_backend
+from engine.config import EngineConfig
+from engine.models import ModelCard
+from engine.remote import RemoteBackend, WorkerSpec, open_workers
+
+# How much faster worker processes must be than lanes of this process: they cost a copy of model and libraries each.
+PROCESS_GAIN_MIN: Final = 1.15
+# On fewer CPUs they are not tried: starting them takes longer than what they could gain is worth.
+PROCESS_CPUS_MIN: Final = 8
+NODES: Final = Path("/sys/devices/system/node")
+# Of the probe that lanes and processes are compared by: rows, and tokens of each.
+_PROBE: Final = (16, 48)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An open backend.
+
+    Attributes:
+        name: unique.
+        backend: of the device.
+        reopen: opens it anew after it died; None where that cannot help.
+    """
+
+    name: str
+    backend: Backend
+    reopen: Callable[[], Backend] | None = None
+
+
+def open_devices(config: EngineConfig, card: ModelCard, reasons: dict[str, str]) -> list[Opened]:
+    """Opens all devices of a model; at least one. The first is driven by the calling thread, if it is in this process.
+
+    Raises:
+        Permanent: the model is damaged, or of no use.
+        ConfigError: a device is not there.
+    """
+    names = _names(config)
+    if any(name != "cpu" for name in names):
+        return _accelerators(config, card, reasons, names)
+    return _cpus(config, card, reasons, len(names) if len(names) > 1 else config.workers)
+
+
+def numa_nodes(allowed: Sequence[int], root: Path = NODES) -> list[tuple[int, ...]]:
+    """The CPUs of each NUMA node, as far as they are allowed; one entry when the system does not say."""
+    usable = set(allowed)
+    nodes = []
+    for file in sorted(root.glob("node[0-9]*/cpulist"), key=lambda file: int(file.parent.name[4:])):
+        cpus = tuple(cpu for cpu in _cpu_list(file.read_text(encoding="ascii")) if cpu in usable)
+        if cpus:
+            nodes.append(cpus)
+    return nodes or [tuple(sorted(usable))]
+
+
+def _cpu_list(text: str) -> list[int]:
+    """`0-3,8` as numbers, as Linux writes sets of CPUs."""
+    found: list[int] = []
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        if first:
+            found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def _names(config: EngineConfig) -> list[str]:
+    """The devices wanted: as configured, or all GPUs that are there, or the CPU."""
+    if config.devices:
+        return list(config.devices)
+    if config.device == "cpu":
+        return ["cpu"]
+    if config.device not in {"auto", "cuda"}:
+        return [config.device]
+    import torch
+
+    # Asks the driver, and makes no context.
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.device == "cuda" and count <= 1:
+        return ["cuda"]
+    return [f"cuda:{index}" for index in range(count)] or ["cpu"]
+
+
+def _accelerators(config: EngineConfig, card: ModelCard, reasons: dict[str, str], names: Sequence[str]) -> list[Opened]:
+    in_process = config.worker_kind == "thread" or (len(names) == 1 and config.worker_kind == "auto")
+    if not in_process:
+        specs = [_spec(_on(config, name), card) for name in names]
+        reasons["devices"] = f"{', '.join(names)}: a worker process each"
+        return _workers(specs, names, reasons)
+    opened: list[Opened] = []
+    try:
+        opened.extend(Opened(name, open_backend(_on(config, name), card, reasons)) for name in names)
+    except BaseException:
+        _close(opened)
+        raise
+    reasons["devices"] = f"{', '.join(names)}: in this process"
+    return _distinct(opened)
+
+
+def _cpus(config: EngineConfig, card: ModelCard, reasons: dict[str, str], wanted: int) -> list[Opened]:
+    """The CPU, divided.
+
+    Args:
+        config: the engine's section.
+        card: of the model.
+        reasons: takes what is decided.
+        wanted: parts; 0: by measurement.
+    """
+    config = _on(config, "cpu")
+    allowed = sorted(os.sched_getaffinity(0))
+    nodes = numa_nodes(allowed)
+    threads = config.threads or len(allowed)
+    if config.worker_kind == "process":
+        if not wanted and len(nodes) > 1:
+            return _node_workers(config, card, reasons, nodes)
+        return _cpu_workers(config, card, reasons, wanted or threads, threads, allowed)
+    if config.worker_kind == "auto" and not wanted and len(nodes) > 1:
+        return _node_workers(config, card, reasons, nodes)
+    return _lanes(config, card, reasons, wanted, threads, allowed)
+
+
+def _lanes(
+    config: EngineConfig, card: ModelCard, reasons: dict[str, str], wanted: int, threads: int, allowed: Sequence[int]
+) -> list[Opened]:
+    """Lanes of this process, or worker processes where those are measured clearly faster."""
+    backend = open_backend(config, card, reasons)
+    twin = getattr(backend, "twin", None)
+    if twin is None or wanted == 1:
+        reasons["lanes"] = "1: configured" if wanted == 1 else "1: this backend does not share its weights"
+        return [Opened("cpu", backend)]
+    plan = lanes.LanePlan(wanted, max(1, threads // max(1, wanted)), False, f"{wanted}: configured")
+    if not wanted:
+        plan = lanes.choose_lanes(backend, allowed[:threads], config.fit_seconds_max)
+    reasons["lanes"] = plan.reason
+    if plan.lanes == 1:
+        return [Opened("cpu", backend)]
+    opened = [Opened(f"cpu/{lane}", twin(plan.threads, plan.cpus(lane, allowed))) for lane in range(plan.lanes)]
+    # The twins hold the weights now.
+    backend.close()
+    if config.worker_kind == "auto" and not wanted and len(allowed) >= PROCESS_CPUS_MIN:
+        return _try_processes(config, card, reasons, opened, threads, allowed)
+    return opened
+
+
+def _try_processes(
+    config: EngineConfig,
+    card: ModelCard,
+    reasons: dict[str, str],
+    opened: list[Opened],
+    threads: int,
+    allowed: Sequence[int],
+) -> list[Opened]:
+    """The lanes, or worker processes of one thread each where those are clearly faster."""
+    backends = [each.backend for each in opened]
+    single = opened[0].backend.twin(1)  # type: ignore[attr-defined] # lanes are twins
+    alone, together = tokens_per_s([single]), tokens_per_s(backends)
+    single.close()
+    # Processes of one thread are at best as fast as if each were alone.
+    bound = alone * threads / max(together, 1e-9)
+    if bound < PROCESS_GAIN_MIN:
+        reasons["workers"] = f"none: worker processes could be at most {bound:.2f} times as fast as these lanes"
+        return opened
+    notes: dict[str, str] = {}
+    workers = _cpu_workers(config, card, notes, threads, threads, allowed)
+    gain = tokens_per_s([each.backend for each in workers]) / max(tokens_per_s(backends), 1e-9)
+    if gain < PROCESS_GAIN_MIN:
+        _close(workers)
+        reasons["workers"] = f"none: {threads} worker processes were {gain:.2f} times as fast as these lanes"
+        return opened
+    _close(opened)
+    reasons.update(notes)
+    reasons["workers"] = f"{threads} processes of one thread: {gain:.2f} times as fast as lanes of one process"
+    return workers
+
+
+def tokens_per_s(
+    backends: Sequence[Backend], seconds: float = 0.5, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """What several backends compute side by side, each driven by a thread of its own, in about `seconds` seconds."""
+    import numpy as np
+
+    rows, length = _PROBE[0], min(_PROBE[1], *(backend.info.length_max for backend in backends))
+    batch = [np.arange(length, dtype=np.int32) % 50 + 1] * rows
+
+    def drive(backend: Backend, seconds: float) -> float:
+        begun, done = clock(), 0
+        while not done or clock() - begun < seconds:
+            backend.collect(backend.submit(batch, length))
+            done += 1
+        return done * rows * length / (clock() - begun)
+
+    with ExitStack() as stack:
+        # A lane keeps to its thread; the first round warms up.
+        threads = [stack.enter_context(ThreadPoolExecutor(1)) for _ in backends]
+        for duration in (0.0, seconds):
+            running = [thread.submit(drive, each, duration) for thread, each in zip(threads, backends, strict=True)]
+            rates = [each.result() for each in running]
+    return sum(rates)
+
+
+def _node_workers(
+    config: EngineConfig, card: ModelCard, reasons: dict[str, str], nodes: Sequence[tuple[int, ...]]
+) -> list[Opened]:
+    reasons["devices"] = f"{len(nodes)} NUMA nodes: a worker process each, pinned to its CPUs"
+    specs = [_spec(config, card, config.threads or len(cpus), cpus) for cpus in nodes]
+    return _workers(specs, [f"cpu/node{index}" for index in range(len(nodes))], reasons)
+
+
+def _cpu_workers(
+    config: EngineConfig,
+    card: ModelCard,
+    reasons: dict[str, str],
+    count: int,
+    threads: int,
+    allowed: Sequence[int],
+) -> list[Opened]:
+    each = max(1, threads // count)
+    reasons["devices"] = f"{count} worker processes of {each} threads"
+    shares = [tuple(allowed[place * each : (place + 1) * each]) for place in range(count)]
+    fits = count * each <= len(allowed)
+    specs = [_spec(config, card, each, share if fits else ()) for share in shares]
+    return _workers(specs, [f"cpu/{place}" for place in range(count)], reasons)
+
+
+def _workers(specs: Sequence[WorkerSpec], names: Sequence[str], reasons: dict[str, str]) -> list[Opened]:
+    """Opens the first, which decides by measurement what is left open, then the others like it, side by side."""
+    first = RemoteBackend(specs[0])
+    reasons.update(first.reasons)
+    same = [_like(spec, first) for spec in specs]
+    try:
+        backends = [first, *open_workers(same[1:])]
+    except BaseException:
+        first.close()
+        raise
+    return _distinct(
+        [
+            Opened(name, backend, lambda spec=spec: RemoteBackend(spec))  # type: ignore[misc] # mypy and defaults
+            for name, backend, spec in zip(names, backends, same, strict=True)
+        ]
+    )
+
+
+def _spec(config: EngineConfig, card: ModelCard, threads: int = 0, cpus: tuple[int, ...] = ()) -> WorkerSpec:
+    return WorkerSpec(
+        opener="engine.worker:open_model",
+        arguments={"config": msgspec.to_builtins(config), "folder": str(card.folder), "threads": threads},
+        cpus=cpus,
+        start_s_max=config.worker_start_s_max,
+        answer_s_max=config.worker_answer_s_max,
+    )
+
+
+def _like(spec: WorkerSpec, first: RemoteBackend) -> WorkerSpec:
+    """The same with what the first worker chose: a text's result must not depend on where it ran."""
+    chosen: dict[str, str] = {"precision": first.info.precision}
+    backend = first.reasons.get("backend", "").partition(":")[0]
+    if backend in {"torch", "openvino"}:
+        chosen["backend"] = backend
+    return replace(spec, arguments={**spec.arguments, "config": {**spec.arguments["config"], **chosen}})
+
+
+def _on(config: EngineConfig, device: str) -> EngineConfig:
+    """The section for one device."""
+    return msgspec.structs.replace(config, device=device, devices=(), models={})
+
+
+def _distinct(opened: Sequence[Opened]) -> list[Opened]:
+    """With a number behind names that occur twice."""
+    names = [each.name for each in opened]
+    return [
+        each if names.count(each.name) == 1 else Opened(f"{each.name}/{place}", each.backend, each.reopen)
+        for place, each in enumerate(opened)
+    ]
+
+
+def _close(opened: Sequence[Opened]) -> None:
+    for each in opened:
+        each.backend.close()

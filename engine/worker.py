@@ -1,0 +1,137 @@
+"""A process that hosts one backend: `python -m engine.worker DESCRIPTOR PARENT_PID`, started by `engine.remote`.
+
+It does what its parent asks over the socket, in order, and nothing else. It ends when asked to, when the socket
+closes, and, by the kernel, when the parent dies. SIGINT and SIGTERM are ignored: they reach the whole group of
+processes, and the parent decides whether what is under way may still end.
+
+Fails: what the backend raises is sent to the parent. Exit status 128: the parent is gone already.
+"""
+
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable
+from importlib import import_module
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine import wire
+from engine.backend import Backend, DeviceOutOfMemory
+from engine.config import EngineConfig
+from sluice.errors import ConfigError, Permanent, SluiceError
+from sluice.parent import die_with_parent
+
+Opener = Callable[..., tuple[Backend, dict[str, str]]]
+
+
+def open_model(config: dict[str, Any], folder: str, threads: int) -> tuple[Backend, dict[str, str]]:
+    """Opens the model of an engine's configuration.
+
+    Args:
+        config: the engine's section, as plain values.
+        folder: of the model.
+        threads: of the CPU; 0: as configured.
+    """
+    from engine import models
+    from engine.backends import open_backend
+
+    section = msgspec.convert(config, EngineConfig)
+    reasons: dict[str, str] = {}
+    return open_backend(section, models.read_card(section.model, Path(folder)), reasons, threads), reasons
+
+
+def serve(channel: wire.Channel) -> None:
+    """Opens what the first request names, and answers the others until it is told to close or the line is cut."""
+    request, _ = channel.request()
+    assert isinstance(request, wire.Open), "the first request opens"
+    if request.cpus:
+        os.sched_setaffinity(0, request.cpus)
+    try:
+        module, _, name = request.opener.partition(":")
+        opener: Opener = getattr(import_module(module), name)
+        backend, reasons = opener(**request.arguments)
+    except Exception as error:  # noqa: BLE001 - the parent raises it, as if the backend were in its process
+        channel.send(_failed(error))
+        return
+    try:
+        channel.send(wire.Ready(backend.info, reasons))
+        _answer(channel, backend)
+    finally:
+        backend.close()
+
+
+def _answer(channel: wire.Channel, backend: Backend) -> None:
+    under_way: deque[object] = deque()
+    while True:
+        request, arrays = channel.request()
+        match request:
+            case wire.Submit():
+                under_way.append(_submit(backend, request, arrays))
+            case wire.Collect():
+                _collect(channel, backend, under_way.popleft())
+            case wire.AskMemory():
+                channel.send(wire.Memory(backend.memory()))
+            case wire.EmptyCache():
+                backend.empty_cache()
+                channel.send(wire.Done())
+            case _:
+                return
+
+
+def _submit(backend: Backend, request: wire.Submit, arrays: memoryview) -> object:
+    """The ticket, or the error in its place: it is told when the batch is collected."""
+    rows = wire.split(arrays, [[length] for length in request.rows], "<i4")
+    try:
+        return backend.submit(rows, request.length)
+    except Exception as error:  # noqa: BLE001 - as above
+        return error
+
+
+def _collect(channel: wire.Channel, backend: Backend, ticket: object) -> None:
+    if isinstance(ticket, Exception):
+        channel.send(_failed(ticket))
+        return
+    try:
+        outputs = list(backend.collect(ticket))
+    except Exception as error:  # noqa: BLE001 - as above
+        channel.send(_failed(error))
+        return
+    channel.send(wire.Outputs([list(row.shape) for row in outputs], outputs[0].dtype.str), outputs)
+
+
+def _failed(error: Exception) -> wire.Failed:
+    if isinstance(error, DeviceOutOfMemory):
+        return wire.Failed("memory", str(error))
+    if isinstance(error, ConfigError):
+        return wire.Failed("config", str(error))
+    if isinstance(error, Permanent):
+        return wire.Failed("permanent", str(error))
+    if isinstance(error, SluiceError):
+        return wire.Failed("retryable", str(error))
+    return wire.Failed("other", f"{type(error).__name__}: {error}")
+
+
+def main(arguments: list[str]) -> int:
+    """Serves over the descriptor given; returns the exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    descriptor, parent_pid = (int(each) for each in arguments)
+    die_with_parent()
+    if os.getppid() != parent_pid:
+        return 128
+    channel = wire.Channel(Connection(descriptor))
+    try:
+        serve(channel)
+    except (EOFError, OSError):
+        return 0  # the parent has closed the line
+    finally:
+        channel.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

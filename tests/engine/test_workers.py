@@ -1,0 +1,192 @@
+"""Worker processes: driven like a backend here, and ended with it."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from engine.backend import DeviceLost, DeviceOutOfMemory
+from engine.config import EngineConfig
+from engine.devices import numa_nodes
+from engine.loading import Loaded, load
+from engine.remote import RemoteBackend, WorkerSpec, open_workers
+from sluice.errors import ConfigError, Permanent, Retryable
+from tests.engine.fleets import FAKE, caught_in_the_middle, kill, right, rows, spec, until
+
+
+@contextmanager
+def worker(**arguments: Any) -> Iterator[RemoteBackend]:
+    backend = RemoteBackend(spec(**arguments))
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+def descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def test_errors_of_the_backend_arrive_as_what_they_are() -> None:
+    with worker(memory_tokens=20, poison=7) as backend:
+        with pytest.raises(DeviceOutOfMemory, match="4 rows of 10"):
+            backend.collect(backend.submit(rows(10, 10, 10, 10), 10))
+        with pytest.raises(RuntimeError, match="poisoned"):
+            backend.collect(backend.submit([np.array([7, 8], np.int32)], 2))
+        batch = rows(5, 3)
+        assert all(map(right, backend.collect(backend.submit(batch, 5)), batch))
+        assert backend.memory().peak == 10_000
+        backend.empty_cache()
+        assert backend.memory().peak == 0
+
+
+def test_a_backend_that_cannot_be_opened_raises_what_it_would_here() -> None:
+    with pytest.raises(Permanent, match="no safetensors") as refusal:
+        RemoteBackend(spec("tests.engine.test_workers:refuse"))
+    assert not isinstance(refusal.value, ConfigError)
+    with pytest.raises(RuntimeError, match="ValueError: a bug"):
+        RemoteBackend(spec("tests.engine.test_workers:break_down"))
+    with pytest.raises(Retryable, match=r"did not start.*SIGKILL"):
+        RemoteBackend(spec("tests.engine.test_workers:die"))
+    with pytest.raises(Permanent, match="no safetensors"):
+        open_workers([spec(), spec("tests.engine.test_workers:refuse"), spec()])
+    assert not [child for child in psutil.Process().children() if "engine.worker" in child.cmdline()]
+
+
+def refuse() -> None:
+    raise Permanent("no safetensors weights")
+
+
+def break_down() -> None:
+    raise ValueError("a bug")
+
+
+def die() -> None:
+    kill(os.getpid())
+
+
+def test_a_dead_process_is_a_lost_device_that_says_how() -> None:
+    with worker() as backend:
+        seen = threading.Event()
+        backend.watch(seen.set)
+        backend.submit(rows(3), 3)
+        kill(backend.pid)
+        with pytest.raises(DeviceLost, match="SIGKILL"):
+            backend.collect(None)
+        assert seen.wait(10)
+        assert not backend.alive
+        with pytest.raises(DeviceLost):
+            backend.collect(backend.submit(rows(3), 3))
+        told_at_once = threading.Event()
+        backend.watch(told_at_once.set)
+        assert told_at_once.is_set()
+
+
+def test_a_process_that_does_not_answer_is_killed_and_counts_as_lost(tmp_path: Path) -> None:
+    fifo = tmp_path / "batch"
+    os.mkfifo(fifo)
+    with worker(hang_once=str(fifo), answer_s_max=0.3) as backend:
+        reader = threading.Thread(target=caught_in_the_middle, args=(fifo,))
+        reader.start()
+        with pytest.raises(DeviceLost, match="was killed: no answer within"):
+            backend.collect(backend.submit(rows(3), 3))
+        reader.join(10)
+        until(lambda: not backend.alive)
+
+
+def test_signals_to_the_group_do_not_end_a_worker_before_its_parent_says_so() -> None:
+    with worker() as backend:
+        os.kill(backend.pid, signal.SIGTERM)
+        os.kill(backend.pid, signal.SIGINT)
+        assert len(backend.collect(backend.submit(rows(3), 3))) == 1
+    assert not psutil.pid_exists(backend.pid)
+
+
+def test_no_worker_outlives_its_parent_and_no_descriptor_is_left() -> None:
+    before = descriptors()
+    for _ in range(3):
+        with worker() as backend:
+            assert backend.reasons == {"fake": "yes"}
+    assert descriptors() == before
+    program = (
+        "from engine.remote import *; import threading;"
+        f"print(RemoteBackend(WorkerSpec('{FAKE}')).pid, flush=True); threading.Event().wait()"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+        parent.wait()
+        child.wait(10)
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[..., Loaded]]:
+    with ExitStack() as stack:
+
+        def start(**changes: Any) -> Loaded:
+            loaded = load(EngineConfig(**{"device": "cpu", "precision": "fp32", "fit_seconds_max": 0.1, **changes}))
+            stack.callback(loaded.close)
+            return loaded
+
+        yield start
+
+
+def test_a_real_model_gives_the_same_in_worker_processes(
+    opened: Callable[..., Loaded], tiny_models: dict[str, Path]
+) -> None:
+    here = opened(model=str(tiny_models["bert"]), workers=1)
+    there = opened(model=str(tiny_models["bert"]), workers=2, worker_kind="process")
+    assert [each.name for each in there.devices] == ["cpu/0", "cpu/1"]
+    batch = [np.array([1, 5, 9, 2], np.int32), np.array([1, 7, 2], np.int32)]
+    expected = here.devices[0].backend.collect(here.devices[0].backend.submit(batch, 4))
+    for each in there.devices:
+        assert isinstance(each.backend, RemoteBackend)
+        for one, other in zip(expected, each.backend.collect(each.backend.submit(batch, 4)), strict=True):
+            np.testing.assert_allclose(one.astype(np.float32), other.astype(np.float32), atol=2e-3)
+    assert "worker processes" in there.reasons["devices"]
+    assert here.version == there.version
+
+
+def test_a_damaged_model_is_the_same_error_in_a_worker(
+    opened: Callable[..., Loaded], tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for file in tiny_models["bert"].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "model.safetensors").write_bytes(b"nonsense" * 100)
+    messages = []
+    for kind in ("thread", "process"):
+        with pytest.raises(Permanent) as refusal:
+            opened(model=str(folder), workers=1, worker_kind=kind)
+        messages.append(str(refusal.value))
+    assert messages[0] == messages[1]
+    assert str(folder) in messages[0]
+
+
+def test_nodes_are_read_as_linux_tells_them(tmp_path: Path) -> None:
+    for node, cpus in {"node0": "0-3,8\n", "node1": "4-7\n", "node2": "\n"}.items():
+        (tmp_path / node).mkdir()
+        (tmp_path / node / "cpulist").write_text(cpus)
+    assert numa_nodes(range(16), tmp_path) == [(0, 1, 2, 3, 8), (4, 5, 6, 7)]
+    assert numa_nodes([1, 4, 5], tmp_path) == [(1,), (4, 5)]
+    assert numa_nodes([3, 1], tmp_path / "none") == [(1, 3)]
+
+
+def test_a_worker_can_be_bound_to_cpus() -> None:
+    cpu = min(os.sched_getaffinity(0))
+    backend = RemoteBackend(WorkerSpec(FAKE, cpus=(cpu,)))
+    try:
+        assert os.sched_getaffinity(backend.pid) == {cpu}
+    finally:
+        backend.close()
