@@ -5,5 +5,8 @@ caches (`results`, `token_cache`) or tokenises it (`tokens`), `scheduler` groups
 length, `runner` hands the batch to a `backend` within the limits of `memory`, `tasks` reads the model's
 output.
 
+A prompt's path: `generation` admits it, `generation_model` reads it, a driver that `generation_choice` chose generates
+(`generation_batched` or `generation_plain`), `generation_text` turns tokens into pieces of text.
+
 `buckets`, `cost`, `scheduler` and `memory` are pure: they know no clock, thread or device.
 """

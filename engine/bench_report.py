@@ -29,7 +29,9 @@ def plan_lines(reasons: Mapping[str, str], columns: int) -> Iterator[tuple[str, 
     """
     width = max((len(name) for name in reasons), default=0)
     for name, reason in reasons.items():
-        folded = textwrap.wrap(reason, max(30, columns - width - 2), break_on_hyphens=False) or [""]
+        folded = textwrap.wrap(
+            reason, max(30, columns - width - 2), break_on_hyphens=False, break_long_words=False
+        ) or [""]
         for i, line in enumerate(folded):
             yield ("" if i else name).ljust(width), line
 
@@ -110,12 +112,17 @@ def require_plotting(file: Path) -> None:
     """Says before anything is measured that a picture cannot be drawn.
 
     Raises:
-        ConfigError: matplotlib is not installed, or the folder is not there.
+        ConfigError: matplotlib is not installed, the folder is not there, or the file's ending says no format.
     """
     if find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib, which is not installed: pip install matplotlib")
     if not file.absolute().parent.is_dir():
         raise ConfigError(f"--plot {file}: no such folder")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if file.suffix.removeprefix(".").lower() not in kinds:
+        raise ConfigError(f"--plot {file}: its ending must be one of {', '.join(sorted(kinds))}")
 
 
 def draw(measured: Measured, file: Path) -> None:
@@ -134,11 +141,14 @@ def draw(measured: Measured, file: Path) -> None:
     for share, style in ((0.50, "--"), (0.99, ":")):
         value = percentile(latencies_ms, share)
         left.axvline(value, color="grey", linestyle=style, label=f"p{share * 100:.0f} {value:,.1f} ms")
-    left.set(xscale="log", xlabel="latency (ms)", ylabel="share of texts", ylim=(0, 1.02))
+    if latencies_ms:
+        left.set_xscale("log")
+    left.set(xlabel="latency (ms)", ylabel="share of texts", ylim=(0, 1.02))
     left.set_title(f"single online texts at {measured.load:.0%} of capacity")
     left.legend(loc="lower right")
     names, counts = [str(length) for length in measured.batches], list(measured.batches.values())
     right.bar(names, counts)
+    right.yaxis.get_major_locator().set_params(integer=True)
     right.set(xlabel="length class (tokens)", ylabel="batches")
     right.set_title(f"{measured.figures['texts_per_s']:,.0f} texts/s, padding {measured.figures['padding_share']:.1%}")
     figure.suptitle(str(measured.figures["model"]))

@@ -34,10 +34,20 @@ class CacheConfig(Section, frozen=True):
     """
 
     directory: Annotated[
-        str, msgspec.Meta(description="Where caches are kept across restarts (mode 0700); empty: in memory only.")
+        str,
+        msgspec.Meta(
+            description="Where caches are kept across restarts (mode 0700) and shared by processes: one writes the "
+            "token cache, the others read it; empty: in memory only."
+        ),
     ] = ""
     token_bytes_max: Annotated[
-        int, msgspec.Meta(ge=0, le=1 << 36, description="Size of the token cache; 0 switches it off.")
+        int,
+        msgspec.Meta(
+            ge=0,
+            le=1 << 36,
+            description="Size of the token cache; 0 switches it off. A process that only reads a shared one keeps up "
+            "to as much of its own in memory.",
+        ),
     ] = 32 << 20
     token_entries_max: Annotated[
         int, msgspec.Meta(ge=1, description="Entries the token cache indexes (about 150 bytes each).")
@@ -71,6 +81,9 @@ class NoveltyConfig(Section, frozen=True):
 class GenerationConfig(Section, frozen=True):
     """Text generation: what a generative model may be asked for, and how much of it at a time."""
 
+    model: Annotated[
+        str, msgspec.Meta(description="Model that generates text, named as engine.model; empty: none is loaded.")
+    ] = ""
     batching: Annotated[
         Literal["auto", "always", "never"],
         msgspec.Meta(
@@ -90,7 +103,7 @@ class GenerationConfig(Section, frozen=True):
     ] = 512
     prompt_tokens_max: Annotated[Tokens, msgspec.Meta(description="Longer prompts are refused, one by one.")] = 8192
     new_tokens_max: Annotated[Tokens, msgspec.Meta(description="Tokens that one request may ask for.")] = 2048
-    new_tokens_default: Annotated[Tokens, msgspec.Meta(description="Tokens when a request does not say; at most new_tokens_max.")] = 256
+    new_tokens_default: Annotated[Tokens, msgspec.Meta(description="Tokens when a request does not say.")] = 256
     background_wait_s: Annotated[
         Seconds, msgspec.Meta(description="Online requests overtake background ones that have waited less.")
     ] = 10.0
@@ -117,9 +130,9 @@ class ModelConfig(Section, frozen=True):
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"] | None, msgspec.Meta(description="As engine.precision.")
     ] = None
-    backend: Annotated[
-        Literal["auto", "torch", "openvino"] | None, msgspec.Meta(description="As engine.backend.")
-    ] = None
+    backend: Annotated[Literal["auto", "torch", "openvino"] | None, msgspec.Meta(description="As engine.backend.")] = (
+        None
+    )
     pooling: Annotated[Literal["auto", "mean", "cls"] | None, msgspec.Meta(description="As engine.pooling.")] = None
     labels: Annotated[dict[str, tuple[str, ...]] | None, msgspec.Meta(description="As engine.labels.")] = None
     length_tokens_max: Annotated[
@@ -282,16 +295,16 @@ class EngineConfig(Section, frozen=True):
         return (DEFAULT_NAME, *self.models)
 
     def of(self, name: str) -> "EngineConfig":
-        """The section as it holds for one model: a directory of caches of its own, and no further models."""
+        """The section as it holds for one model: a directory of caches of its own, and no other models."""
         if name == DEFAULT_NAME:
-            return msgspec.structs.replace(self, models={})
+            return msgspec.structs.replace(self, models={}, generation=GenerationConfig())
         extra = msgspec.structs.asdict(self.models[name])
         changes = {key: value for key, value in extra.items() if value is not None}
         if "device" in changes:
             changes["devices"] = ()
         directory = self.caches.directory and str(Path(self.caches.directory) / name)
         caches = msgspec.structs.replace(self.caches, directory=directory)
-        return msgspec.structs.replace(self, models={}, caches=caches, **changes)
+        return msgspec.structs.replace(self, models={}, generation=GenerationConfig(), caches=caches, **changes)
 
     def with_model(self, name: str, model: str) -> "EngineConfig":
         """The section with another model under a known name."""

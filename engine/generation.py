@@ -9,7 +9,8 @@ await generator.close()
 ```
 
 One generative model; how it is driven (continuous batching, or one request after another) says `generation_choice`,
-and `plan` why. Image-text models take `images` beside the prompt.
+and `plan` why. Image-text models, such as zai-org/AutoGLM-Phone-9B, take `images` beside the prompt; they need Pillow
+and, most of them, torchvision (the extra `vision`).
 
 Bounded: requests waiting or under way (`requests_max`), requests generated at a time, tokens under way (each request
 counts with its prompt and everything it may still say, so that the key-value cache cannot overflow), prompt, answer,
@@ -83,7 +84,7 @@ class Generator:
     """See the module's docstring. All methods are called on one event loop.
 
     Args:
-        config: the engine's section, as it holds for this model.
+        config: the engine's section; `generation.model` names the model, or `model` when that is empty.
         load: opens the model, on a thread of its own.
     """
 
@@ -110,7 +111,7 @@ class Generator:
     @property
     def model(self) -> str:
         """The model, as configured."""
-        return self._config.model
+        return self._limits.model or self._config.model
 
     @property
     def model_version(self) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from engine import generation_images, models
 from engine.config import EngineConfig
+from engine.loading import calm_openmp
 from engine.models import ModelCard
 from sluice.errors import ConfigError, Permanent
 
@@ -80,7 +81,8 @@ class Generative:
         Raises:
             Permanent: a bad image, images for a model of text, no chat template, or too long a prompt.
         """
-        read = self._read_seeing(prompt, images) if images else Prompt(self._ids(prompt, chat=chat))
+        seeing = bool(images) or (chat and self.processor is not None)
+        read = self._read_seeing(prompt, images) if seeing else Prompt(self._ids(prompt, chat=chat))
         limit = min(self.config.generation.prompt_tokens_max, self.context_tokens - 1)
         if len(read.ids) > limit:
             raise Permanent(
@@ -115,10 +117,10 @@ class Generative:
                     return_dict=True,
                     return_tensors="pt",
                 )
-            elif mark:
+            elif mark and pictures:
                 inputs = self.processor(text=[mark * len(pictures) + prompt], images=pictures, return_tensors="pt")
             else:
-                raise Permanent(f"model '{self.card.name}' has neither a chat template nor an image token")
+                raise Permanent(f"model '{self.card.name}' has no chat template{'' if mark else ' and no image token'}")
         except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
             # An image of one pixel, a prompt that contains the image token: what processors raise is about the input.
             raise Permanent(f"model '{self.card.name}' cannot take this prompt with its images: {error}") from error
@@ -126,13 +128,15 @@ class Generative:
 
 
 def load_generative(config: EngineConfig) -> Generative:
-    """Loads the configured model.
+    """Loads `engine.generation.model`, or `engine.model` when that is empty.
 
     Raises:
         Permanent: it is not there, damaged, or no model that generates text.
         ConfigError: the device is not there.
     """
-    card = models.read_card(config.model, models.locate(config.model, allow_download=config.allow_download))
+    calm_openmp()
+    name = config.generation.model or config.model
+    card = models.read_card(name, models.locate(name, allow_download=config.allow_download))
     if card.kind != "generation":
         offered = {"tokens": "tokens", "classification": "classify, embed, novelty"}
         raise Permanent(
@@ -202,6 +206,9 @@ def _place(config: EngineConfig, card: ModelCard, reasons: dict[str, str]) -> tu
     dtype = dtypes[config.precision]()
     reasons["device"] = f"{device}: {'what is there' if config.device == 'auto' else 'configured'}"
     why = "the weights' own, where the device computes in it" if config.precision == "auto" else "configured"
+    if device.type == "cpu" and config.threads:
+        torch.set_num_threads(config.threads)
+        reasons["threads"] = f"{config.threads}: configured"
     reasons["precision"] = f"{str(dtype).removeprefix('torch.')}: {why}"
     return device, dtype
 

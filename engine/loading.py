@@ -77,7 +77,7 @@ def load(config: EngineConfig) -> Loaded:
         Permanent: the model is not there, damaged, or of no use.
         ConfigError: the device is not there.
     """
-    _calm_openmp()
+    calm_openmp()
     reasons: dict[str, str] = {}
     card = models.read_card(config.model, models.locate(config.model, allow_download=config.allow_download))
     reasons["model"] = f"{card.name}, version {card.version}, from {card.folder}"
@@ -148,7 +148,7 @@ def embed(backend: Backend, tokenizer: Tokenizer, texts: Sequence[str], bytes_ma
     return np.stack(outputs)[:, : backend.info.embedding_width].astype(np.float32)
 
 
-def _calm_openmp() -> None:
+def calm_openmp() -> None:
     """Lets OpenMP's threads sleep at their barriers instead of spinning; before PyTorch is imported, unless it is set.
 
     Spinning threads are worth a few percent on a machine of our own. Where anything else runs beside us

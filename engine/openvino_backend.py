@@ -49,8 +49,7 @@ def open_backend(config: EngineConfig, card: ModelCard, reasons: dict[str, str])
     Raises:
         Permanent: the model is damaged, or cannot be converted.
     """
-    import openvino
-
+    openvino = openvino_model.library()
     core = openvino.Core()
     wanted = openvino_model.source(config, card)
     model, origin = openvino_model.load(core, wanted, config.caches.directory)

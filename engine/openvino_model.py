@@ -6,8 +6,9 @@ holds size and CRC-32C of both. The key names everything that decides the conten
 complete and undamaged; anything else is removed and converted anew. A directory that cannot be written costs the
 speed of the next start only.
 
-The conversion calls OpenVINO's PyTorch frontend and not `openvino.convert_model`: that one reports usage over the
-network unless the user has opted out. What was converted is compared with PyTorch before it is used.
+OpenVINO reports its use over the network when it is imported, and again in `openvino.convert_model`; no text of a
+site may come near that. `library` imports it without, and the conversion calls its PyTorch frontend directly. What
+was converted is compared with PyTorch before it is used.
 
 Fails: `Permanent` when a model cannot be converted, or computes something else afterwards.
 """
@@ -16,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -50,6 +52,17 @@ _CHECKED: Final = ((1,), (19, 2, 11, 5, 1), (48, 33), (6, 6))
 _CHUNK_BYTES: Final = 1 << 20
 
 
+def library() -> Any:
+    """The module `openvino`; the only way that the project imports it.
+
+    Its telemetry is a package of its own, which it can do without: to an import that fails it answers with a stub.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # None refuses the import
+    import openvino
+
+    return openvino
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """What is converted.
@@ -67,9 +80,7 @@ class Source:
     @property
     def key(self) -> str:
         """Names the converted model's content: model, what the network computes, and who converted it."""
-        import openvino
-
-        parts = (self.card.version, self.length_max, self.pooling, openvino.__version__, __version__, FORMAT)
+        parts = (self.card.version, self.length_max, self.pooling, library().__version__, __version__, FORMAT)
         return re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(map(str, parts)))
 
 
@@ -129,8 +140,9 @@ def convert(core: Any, wanted: Source) -> Any:
 
 def _trace(net: "Network", length_max: int) -> Any:
     """The graph; takes `net` over."""
-    import openvino
     import torch
+
+    openvino = library()
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
@@ -189,13 +201,11 @@ def _example(wanted: Sequence[int], length_max: int) -> "tuple[npt.NDArray[np.in
 
 def _keep(model: Any, root: Path, folder: Path) -> None:
     """Writes beside, then renames: a folder with its name is complete."""
-    import openvino
-
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
     try:
         try:
-            openvino.save_model(model, beside / FILES[0], compress_to_fp16=False)
+            library().save_model(model, beside / FILES[0], compress_to_fp16=False)
         except RuntimeError as error:  # how OpenVINO says that a disk is full
             raise OSError(str(error).strip().partition("\n")[0]) from error
         manifest = {name: [(beside / name).stat().st_size, _crc32c(beside / name)] for name in FILES}

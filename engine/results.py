@@ -12,6 +12,7 @@ Disk: its default unpickles what it finds, CVE-2025-69872). Both are bounded by 
 thread-safe: one thread owns a store.
 """
 
+import functools
 import struct
 import time
 import zlib
@@ -26,9 +27,18 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _HEAD: Final = struct.Struct("<IIBB")
+_LENGTH: Final = struct.Struct("<I")
 _DTYPES: Final = ("<f2", "<f4")
 # What a dictionary entry, key and bytes object cost beside the value, in bytes.
 _OVERHEAD: Final = 200
+
+
+@functools.cache
+def _numpy() -> Any:
+    """`numpy.frombuffer` and the types: looking them up on every hit costs as much as the rest of it."""
+    import numpy as np
+
+    return np.frombuffer, tuple(np.dtype(name) for name in _DTYPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +64,15 @@ class Output:
     @classmethod
     def unpack(cls, data: bytes) -> "Output | None":
         """From bytes; None when they are not what `pack` wrote."""
-        import numpy as np
-
+        read, dtypes = _numpy()
         try:
             tokens, dropped, code, ndim = _HEAD.unpack_from(data)
-            shape = struct.unpack_from(f"<{ndim}I", data, _HEAD.size)
-            row = np.frombuffer(data, _DTYPES[code], offset=_HEAD.size + 4 * ndim).reshape(shape)
+            row = read(data, dtypes[code], offset=_HEAD.size + 4 * ndim)
+            if ndim == 1:  # an embedding, nearly always: a third faster than with a shape
+                return cls(row, tokens, dropped) if len(row) == _LENGTH.unpack_from(data, _HEAD.size)[0] else None
+            return cls(row.reshape(struct.unpack_from(f"<{ndim}I", data, _HEAD.size)), tokens, dropped)
         except (struct.error, IndexError, ValueError):
             return None
-        return cls(row, tokens, dropped)
 
 
 class ResultStore(Protocol):

@@ -189,7 +189,12 @@ class ServedModel:
         if self._closed or self._started.done():
             runner.stop()
             return
-        self._session = Session(self.config, loaded, runner, self._host, time.monotonic, self._listener.damaged)
+        try:
+            self._session = Session(self.config, loaded, runner, self._host, time.monotonic, self._listener.damaged)
+        except Exception as error:  # noqa: BLE001 - it is raised again where `open` waits
+            runner.stop()
+            self._not_opened(error)
+            return
         self.refusing = ""
         self._started.set_result(None)
 

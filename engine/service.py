@@ -5,6 +5,8 @@ engine = Engine(config, telemetry)
 await engine.start()
 for analysis in await engine.analyze(["disk full"], stream="syslog"):
     print(analysis.label, analysis.score)
+async for piece in engine.generator.generate("The disk is full because"):  # with engine.generation.model
+    print(piece, end="")
 await engine.swap("default", "/models/next")  # no request is dropped
 await engine.drain(5.0)
 ```
@@ -32,6 +34,7 @@ from typing import Final
 from engine.analysis import Analysis, failures
 from engine.config import DEFAULT_NAME, EngineConfig
 from engine.fleet import DeviceEvent
+from engine.generation import Generator
 from engine.lane import Priority
 from engine.loading import load
 from engine.runner import Report
@@ -75,6 +78,8 @@ class Engine:
         self._host = ThreadPoolExecutor(1, thread_name_prefix="engine-host")
         self._models: dict[str, ServedModel] = {}
         self._retired: set[ServedModel] = set()
+        self._generator: Generator | None = None
+        self._generating = _of_generation(config)
         self._swapping = asyncio.Lock()
         self._listener = Listener(self._batch, self._damaged, self._failed, self._device)
         self._past = (0.0, 0)  # busy seconds and coalesced texts of models that are gone
@@ -104,7 +109,22 @@ class Engine:
     @property
     def ready(self) -> bool:
         """Whether every model can be called."""
-        return bool(self._models) and not any(served.refusing for served in self._models.values())
+        generates = self._generator.ready if self._generator else not self._config.generation.model
+        return bool(self._models) and generates and not any(served.refusing for served in self._models.values())
+
+    @property
+    def generator(self) -> Generator:
+        """Text generation, with the model `engine.generation.model`.
+
+        Raises:
+            Permanent: none is configured.
+            Retryable: the engine is not running.
+        """
+        if self._generator is not None:
+            return self._generator
+        if self._closed or not self.ready:
+            raise Retryable(self._closed or "the engine is not started")
+        raise Permanent("no model that generates text is configured: set engine.generation.model")
 
     async def start(self) -> None:
         """Loads all models, warms them up and fits their cost models; ready afterwards.
@@ -121,6 +141,7 @@ class Engine:
             served = self._models[name] = self._served(self._config.of(name))
             await served.open()
             self._say_loaded(served)
+        await self._replace_generator(self._config)
 
     def plan(self, model: str = DEFAULT_NAME) -> dict[str, str]:
         """What was chosen for a model at start-up, each with its reason."""
@@ -210,6 +231,9 @@ class Engine:
             for name in [name for name in self._models if name not in config.names]:
                 await self._retire(self._models.pop(name))
                 changed.append(name)
+            if _of_generation(config) != self._generating:
+                await self._replace_generator(config)
+                changed.append("generation")
             self._config = config
             return changed
 
@@ -219,6 +243,7 @@ class Engine:
         new = self._served(config.of(name))
         try:
             await new.open()
+            self._require_open()  # it may have been closed while this one was loaded
             if old is not None:
                 _require_tasks(old, new)
         except BaseException:
@@ -230,6 +255,24 @@ class Engine:
         if old is not None:
             await self._retire(old)
         return new.version
+
+    async def _replace_generator(self, config: EngineConfig) -> None:
+        """Opens the model that generates text as `config` has it, in the place of the one there is now, if any."""
+        new = Generator(config) if config.generation.model else None
+        if new is not None:
+            try:
+                await new.start()
+            except BaseException:
+                await new.close()
+                raise
+            self._telemetry.emit(LOADED, model=new.model, version=new.model_version, plan=new.plan())
+        if self._closed and new is not None:  # while it was loaded
+            await new.close()
+            return
+        old, self._generator = self._generator, new
+        self._generating = _of_generation(config)
+        if old is not None:
+            await old.drain(self._config.swap_drain_s)
 
     async def _retire(self, old: ServedModel) -> None:
         self._retired.add(old)
@@ -264,7 +307,8 @@ class Engine:
         everything = (*self._models.values(), *self._retired)
         for served in everything:
             served.refusing = served.refusing or why
-        await asyncio.gather(*(served.retire(deadline_s, why) for served in everything))
+        generator = [self._generator.drain(deadline_s)] if self._generator else []
+        await asyncio.gather(*generator, *(served.retire(deadline_s, why) for served in everything))
         self._host.shutdown(wait=True)
 
     def _find(self, model: str, task: str) -> ServedModel:
@@ -300,6 +344,11 @@ class Engine:
 
     def _say_loaded(self, served: ServedModel) -> None:
         self._telemetry.emit(LOADED, model=served.config.model, version=served.version, plan=served.plan())
+
+
+def _of_generation(config: EngineConfig) -> tuple[object, ...]:
+    """What decides how text is generated."""
+    return config.generation, config.device, config.precision, config.threads, config.text_bytes_max
 
 
 def _require_tasks(old: ServedModel, new: ServedModel) -> None:

@@ -6,6 +6,9 @@ and judged with, and tests hold the two equal: special tokens are skipped; each 
 I- prefix become one span, a B- begins a new one, and spans labelled O are dropped. A span's score is the mean of its
 tokens' (or words') probabilities.
 
+Any hub model with a token-classification head will do, such as dslim/bert-base-NER (names of persons, places,
+organisations) with `simple` or `first`. What truncation drops has no spans; `Analysis.truncated` says so.
+
 A word, for the strategies that know words, is what the tokenizer marks as one (WordPiece's ## prefix); other
 tokenizers know none, and tokens without a blank between them are taken as one word.
 """

@@ -75,6 +75,7 @@ class TokenCache:
         self._entries_max = max(1, entries_max // 2)
         self._version = version.ljust(32, b"\0")
         self._width = width
+        self._ids = _reader(width)
         self._on_damage = on_damage
         self._lock_file: int | None = None
         self._followed: list[_Followed] = []
@@ -102,19 +103,19 @@ class TokenCache:
 
     def get(self, key: bytes) -> "Found | None":
         """Ids (int32, a copy) and the number of tokens that truncation dropped, or None."""
-        for arena, index in zip(self._arenas, self._indexes, strict=True):
+        for i, index in enumerate(self._indexes):
             offset = index.get(key)
             if offset is None:
                 continue
-            found = arena.get(key, offset)
+            found = self._arenas[i].get(key, offset)
             if found is not None:
-                return _ids(found[0], self._width), found[1]
+                return self._ids(found[0]), found[1]
             self.damaged += 1
             del index[key]
         for followed in self._followed:
             found = followed.get(key)
             if found is not None:
-                return _ids(found[0], self._width), found[1]
+                return self._ids(found[0]), found[1]
         return None
 
     def put(self, key: bytes, ids: "npt.NDArray[np.int32]", dropped: int) -> None:
@@ -240,10 +241,12 @@ class _Followed:
             self._arena = Arena(mapped, self._width, self._version)
 
 
-def _ids(body: bytes, width: int) -> "npt.NDArray[np.int32]":
+def _reader(width: int) -> "Callable[[bytes], npt.NDArray[np.int32]]":
+    """From an entry's bytes to ids; looking up NumPy's names each time would take as long as the rest."""
     import numpy as np
 
-    return np.frombuffer(body, "<u2" if width == 2 else "<u4").astype(np.int32)
+    stored, wanted, read = np.dtype("<u2" if width == 2 else "<u4"), np.dtype(np.int32), np.frombuffer
+    return lambda body: read(body, stored).astype(wanted)
 
 
 def _forget_old(directory: Path, mine: Path) -> None:

@@ -16,6 +16,8 @@ from benchmarks.engine import texts as workloads
 from benchmarks.engine.process import Place, Pool
 from benchmarks.engine.rounds import say
 
+# Texts over which policies' padding is counted: nothing is computed, so there may be many.
+BACKLOG = 8192
 SECTIONS = ("components", "padding", "remedies", "peers", "latency", "caches")
 
 
@@ -99,6 +101,9 @@ def run(arguments: argparse.Namespace, mode: Mode, wanted: list[str]) -> dict[st
     mix = workloads.mix(count, tokenizer)
     logs = workloads.logs(count, tokenizer, arguments.texts)
     sets = [mix] + ([logs] if logs else [])
+    backlogs = [workloads.mix(BACKLOG, tokenizer)]
+    if many := workloads.logs(BACKLOG, tokenizer, arguments.texts):
+        backlogs.append(many)
     place = make_place(arguments, folder, sets)
     result: dict[str, Any] = {
         "mode": mode.name,
@@ -110,7 +115,7 @@ def run(arguments: argparse.Namespace, mode: Mode, wanted: list[str]) -> dict[st
         ],
     }
     with Pool(place) as pool:
-        Run(arguments, mode, pool, sets, result).sections(wanted)
+        Run(arguments, mode, pool, sets, backlogs, result).sections(wanted)
         if arguments.device == "cpu":
             pool.unavailable["GPU"] = machine.gpu() or "no CUDA device here; nothing in this report was taken on one"
         result["unavailable"] = pool.unavailable
@@ -136,12 +141,14 @@ class Run:
         mode: Mode,
         pool: Pool,
         sets: list[workloads.Workload],
+        backlogs: list[workloads.Workload],
         result: dict[str, Any],
     ) -> None:
         self.arguments = arguments
         self.mode = mode
         self.pool = pool
         self.sets = sets
+        self.backlogs = backlogs
         self.result = result
         self.rounds = arguments.rounds or mode.rounds
         self.begun_s = time.monotonic()
@@ -163,7 +170,7 @@ class Run:
         self.result["components"] = sections.components(self.pool, self.sets[-1], rounds, self.arguments.device)
 
     def padding(self) -> None:
-        self.result["padding"] = {each.name: sections.padding_shares(each) for each in self.sets}
+        self.result["padding"] = {each.name: sections.padding_shares(each) for each in self.backlogs}
 
     def remedies(self) -> None:
         found = self.result["remedies"] = []
@@ -171,7 +178,10 @@ class Run:
         for i, workload in enumerate(sets, 1):
             until_s = self.until(0.5 * i / len(sets))
             found.append(sections.remedies(self.pool, workload, self.rounds, self.arguments.device, until_s))
-        self._add_padding("sluice engine, backlog", {each["workload"]: _engine_padding(each["rows"]) for each in found})
+        self._add_padding(
+            "sluice engine, backlog of the timed texts",
+            {each["workload"]: _engine_padding(each["rows"]) for each in found},
+        )
 
     def peers(self) -> None:
         quick = self.mode is QUICK
@@ -190,8 +200,8 @@ class Run:
             say("latency: needs the capacities that `peers` measures; skipped\n")
             return
         capacities = {row["name"]: row["texts_per_s"]["median"] for row in rows[0]["rows"]}
-        precision = fastest_precision("infinity-emb", capacities)
-        names = [f"sluice torch {precision}", f"infinity-emb {precision}"]
+        best = latency.at_its_best("infinity-emb", capacities)
+        names = [f"sluice torch {self.field.precisions[best]}", best] if best else []
         for name, system in self.field.systems.items():
             if name not in names:
                 self.pool.stop(system)
@@ -220,12 +230,6 @@ class Run:
 def _engine_padding(rows: list[dict[str, Any]]) -> float | None:
     """Of the engine's first row: queue and ladder, nothing packed."""
     return next((row["padding_share"] for row in rows if row["name"].startswith("+ the engine")), None)
-
-
-def fastest_precision(system: str, capacities: dict[str, float]) -> str:
-    """The precision in which a peer is at its best: ours has to run in the same."""
-    found = {precision: capacities.get(f"{system} {precision}", 0.0) for precision in ("fp32", "bf16", "fp16")}
-    return max(found, key=found.__getitem__)
 
 
 if __name__ == "__main__":

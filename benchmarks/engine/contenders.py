@@ -20,7 +20,7 @@ THIN = 4
 
 NOT_TRIED = {
     "text-embeddings-inference": "a Rust server; no package on PyPI",
-    "fastembed, light-embed": "they take ONNX files from a hub only; ONNX Runtime is measured through infinity-emb",
+    "fastembed, light-embed": "they run ONNX files in ONNX Runtime, which is measured through infinity-emb",
     "vLLM": "its wheel on PyPI is for CUDA",
     "txtai": "it runs the modules of transformers, as sentence-transformers does",
 }
@@ -58,6 +58,7 @@ CONTENDERS = (
     Contender("sluice OpenVINO", OURS, settings={"backend": "openvino"}, cpu_only=True),
     Contender("sentence-transformers", "sentence_transformers_peer"),
     Contender("infinity-emb", "infinity_peer", "infinity-emb"),
+    Contender("infinity-emb BetterTransformer", "infinity_peer", "infinity-emb-optimum"),
     Contender(
         "sentence-transformers OpenVINO",
         "sentence_transformers_peer",

@@ -12,6 +12,7 @@ from benchmarks.engine.process import Unavailable
 from benchmarks.engine.rounds import say
 
 REQUIREMENTS = Path(__file__).with_name("peers")
+EXPORTER = Path(__file__).with_name("export_onnx.py")
 INSTALL_S_MAX = 1800
 
 
@@ -52,11 +53,11 @@ def lay_out_hub(folder: Path, model: Path) -> Path:
 
 
 def export_onnx(python: Path, model: Path, folder: Path) -> Path:
-    """The model as ONNX, beside its own files; made once with the peer's own exporter."""
+    """The model as ONNX, beside its own files; made once, in the peer's environment."""
     if not (folder / "model.onnx").exists():
         say("peers: exporting the model to ONNX (once)\n")
-        command = [str(python), "-m", "optimum.exporters.onnx", "--model", str(model), "--task", "feature-extraction"]
-        _run([*command, "--framework", "pt", "--library-name", "transformers", str(folder)])
+        folder.mkdir(parents=True, exist_ok=True)
+        _run([str(python), str(EXPORTER), str(model), str(folder)])
     return folder
 
 
@@ -67,4 +68,4 @@ def _run(command: list[str]) -> None:
         raise Unavailable(f"{command[0]}: took more than {INSTALL_S_MAX} s") from error
     if done.returncode:
         lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise Unavailable(f"{command[2]}: {lines[-1][:300] if lines else 'failed'}")
+        raise Unavailable(f"{Path(command[1]).name}: {lines[-1][:300] if lines else 'failed'}")

@@ -37,6 +37,11 @@ def percentile(values: Sequence[float], share: float) -> float | None:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None
 
 
+def at_its_best(prefix: str, capacities: Mapping[str, float]) -> str:
+    """The fastest form of a peer, empty when there is none: ours is then run in the same precision."""
+    return max((name for name in capacities if name.startswith(prefix)), key=capacities.__getitem__, default="")
+
+
 def measure(
     pool: Pool,
     workload: Workload,

@@ -61,14 +61,14 @@ def _remedies(section: Mapping[str, Any], where: str, folder: Path) -> Path:
         (
             row["name"],
             row["ratio_to_first"],
-            (BLUE if not row["name"].startswith("+ OpenVINO") else GREEN) if row["kept"] else GREY,
+            (BLUE if not row["name"].startswith("OpenVINO") else GREEN) if row["kept"] else GREY,
             f"{row['ratio_to_first']['median']:.1f}",
         )
         for row in section["rows"]
     ]
     precision = f"MiniLM, {section['precision']} in the engine's rows"
     title = f"One remedy at a time, {section['workload']}: {precision}\n{where}"
-    label = "times the naive program, by tokens/s (median of rounds, least to greatest); grey: shown, not kept"
+    label = "times the naive program (median, least, greatest); grey: not kept; green: instead"
     return _bars(rows, title, label, folder / f"engine-remedies-{section['workload']}.png")
 
 

@@ -110,12 +110,13 @@ def _peers(section: Mapping[str, Any]) -> str:
 
 
 def _versions(found: Mapping[str, Any]) -> str:
-    lines = [
-        f"* {name}: {', '.join(f'{package} {version}' for package, version in versions.items())}"
-        for name, versions in sorted(found["versions"].items())
-        if name in found["working"]
-    ]
-    return "Versions:\n\n" + "\n".join(lines)
+    environments: dict[str, list[str]] = {}
+    for name in found["working"]:
+        if versions := found["versions"].get(name):
+            what = ", ".join(f"{package} {version}" for package, version in versions.items())
+            environments.setdefault(what, []).append(name)
+    lines = [f"* {', '.join(names)}: {what}" for what, names in environments.items()]
+    return "Versions, by environment:\n\n" + "\n".join(lines)
 
 
 def _latency(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -143,7 +144,7 @@ def _latency(rows: Sequence[Mapping[str, Any]]) -> str:
     )  # fmt: skip
     note = (
         "Open loop: single texts at Poisson times, 5% online among background ones, counted from when they were due. "
-        "`ours` is the capacity of the first system here, `own` the system's own. infinity-emb knows no priorities. A "
+        "`ours` is the capacity of the first system here, `own` the system's own. The peer is infinity-emb in its fastest form here; it knows no priorities. A "
         "text not answered 10 s after the last arrival counts with what it had waited by then; a system that was "
         "offered more than it can do is marked as overloaded."
     )

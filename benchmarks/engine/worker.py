@@ -28,7 +28,7 @@ from pathlib import Path
 
 VERSIONS = (
     "torch", "transformers", "tokenizers", "sentence-transformers", "infinity-emb", "ctranslate2", "embed-anything",
-    "openvino", "optimum-intel", "sluice-stream",
+    "openvino", "optimum", "optimum-intel", "onnxruntime", "sluice-stream",
 )  # fmt: skip
 
 

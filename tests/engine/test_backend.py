@@ -10,21 +10,34 @@ import pytest
 from engine import backends, models
 from engine.backend import Backend
 from engine.config import CacheConfig, EngineConfig
+from engine.remote import RemoteBackend
 from tests.engine.fakes import FakeBackend
+from tests.engine.fleets import spec
 
 NAMES = ["fake", "bert", "bert-cls", "head", "distilbert", "roberta"]
 NO_OPENVINO = pytest.mark.skipif(not backends.installed(), reason="the extra is not installed")
 OPENVINO = [pytest.param(f"openvino:{name}", marks=NO_OPENVINO) for name in NAMES[1:]]
+# What a GPU runs, on the CPU.
+PADDED = [f"padded:{name}" for name in ("bert", "bert-cls", "head")]
 GPU = [pytest.param(f"cuda:{name}", marks=pytest.mark.gpu) for name in ("bert", "head", "distilbert")]
 
 
-@pytest.fixture(params=[*NAMES, *OPENVINO, *GPU])
+@pytest.fixture(params=["worker", *NAMES, *PADDED, *OPENVINO, *GPU])
 def backend(request: pytest.FixtureRequest, tiny_models: dict[str, Path], converted: CacheConfig) -> Iterator[Backend]:
     where, _, name = request.param.rpartition(":")
-    choice: dict[str, Any] = (
-        {"backend": "openvino", "caches": converted} if where == "openvino" else {"device": where or "cpu"}
-    )
-    opened = FakeBackend() if name == "fake" else open_tiny(tiny_models[name], **choice)
+    choices: dict[str, dict[str, Any]] = {
+        "openvino": {"backend": "openvino", "threads": 1, "caches": converted},
+        "padded": {"packing": "off"},
+    }
+    choice = choices.get(where, {"device": where or "cpu"})
+    opened: Backend
+    match name:
+        case "fake":
+            opened = FakeBackend()
+        case "worker":
+            opened = RemoteBackend(spec(depth=2))
+        case _:
+            opened = open_tiny(tiny_models[name], **choice)
     yield opened
     opened.close()
     opened.close()
@@ -56,6 +69,13 @@ def test_a_row_does_not_depend_on_its_neighbours_or_its_padding(backend: Backend
     for together in (run(backend, batch), run(backend, batch, longest)):
         assert all(same(one, other) for one, other in zip(alone, together, strict=True))
     assert not same(alone[0], alone[1]), "the test must be able to fail"
+
+
+def test_what_computes_no_padding_says_so(tiny_models: dict[str, Path]) -> None:
+    assert open_tiny(tiny_models["bert"]).info.packed
+    assert open_tiny(tiny_models["head"]).info.packed
+    assert not open_tiny(tiny_models["bert"], packing="off").info.packed
+    assert not open_tiny(tiny_models["distilbert"]).info.packed
 
 
 def test_order_is_kept_and_the_width_is_as_announced(backend: Backend) -> None:

@@ -1,5 +1,7 @@
 """What bad input gets: a clear error for that text alone, or a result; its neighbours never notice."""
 
+import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,3 +193,16 @@ async def test_the_reason_tells_what_went_wrong(open_engine: Open) -> None:
     good, bad, device = await engine.analyze(["fine", "", "bad ~"])
     late = await engine.analyze(["in time?"], deadline_s=1e-9)
     assert [good.reason, bad.reason, device.reason, late[0].reason] == ["", "text", "device", "deadline"]
+
+
+async def test_what_an_engine_leaves_behind_when_it_stops_may_be_asked_again(open_engine: Open) -> None:
+    gate = threading.Event()
+    backend = FakeBackend(gate=gate)
+    engine: Engine = await open_engine(EngineConfig(batch_tokens=16), loader=fake_loader(backend))
+    running = asyncio.create_task(engine.analyze([f"text {i}" for i in range(10)]))
+    async with asyncio.timeout(20):
+        while not backend.started.is_set():  # noqa: ASYNC110 - the device is a thread
+            await asyncio.sleep(0.001)
+    asyncio.get_running_loop().call_later(0.1, gate.set)
+    await engine.close()
+    assert {each.reason for each in await running} == {"", "stopped"}

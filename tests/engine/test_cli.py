@@ -100,6 +100,9 @@ def test_bench_draws_a_picture_or_says_what_is_missing(
         result = bench("--plot", str(picture), model=tiny_models["bert"], texts=texts)
         assert result.exit_code == 0, result.output
         assert picture.read_bytes().startswith(b"\x89PNG")
+        for name in ("latency.nonsense", "latency"):
+            wrong = bench("--plot", str(tmp_path / name), model=tiny_models["bert"], texts=texts)
+            assert "its ending must be one of" in str(wrong.exception)
     nowhere = bench("--plot", str(tmp_path / "no" / "such.png"), model=tiny_models["bert"], texts=texts)
     monkeypatch.setattr("engine.bench_report.find_spec", lambda _: None)
     missing = bench("--plot", str(picture), model=tiny_models["bert"], texts=texts)

@@ -90,6 +90,13 @@ def packed(chance: random.Random, truth: CostModel, texts: int) -> Sample:
     return Sample(*work, truth.work_s(*work))
 
 
+@given(coefficients, st.integers(1, 99), st.integers(1, 999))
+def test_a_batch_of_equal_lengths_costs_the_same_packed_or_padded(model: CostModel, rows: int, length: int) -> None:
+    work_s = model.work_s(rows, rows * length, rows * length**2)
+    assert work_s == pytest.approx(model.batch_s(rows, length))
+    assert model.batch_s(rows + 1, length) - model.batch_s(rows, length) == pytest.approx(model.marginal_s(length))
+
+
 @given(coefficients, st.integers(0, 1000))
 def test_packed_batches_are_predicted_by_their_own_lengths(truth: CostModel, seed: int) -> None:
     chance = random.Random(seed)

@@ -88,6 +88,16 @@ async def test_bucketed_cached_and_recomputed_embeddings_equal_plain_ones(
     assert only_tokens.stats().token_cache_hits == len(TEXTS)
 
 
+@pytest.mark.parametrize("off", ["packing", "prepack"])
+async def test_without_packing_or_prepacked_weights_embeddings_are_the_same(
+    open_engine: Callable[..., Any],
+    expected: np.ndarray,  # type: ignore[type-arg]
+    off: str,
+) -> None:
+    engine: Engine = await open_engine(config(batch_tokens=256, **{off: "off"}))
+    assert least_cosine(vectors(await engine.analyze(TEXTS, task="embed")), expected) > EXACT
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 async def test_half_precision_stays_within_its_stated_tolerance(
     open_engine: Callable[..., Any],

@@ -2,9 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,94 +11,26 @@ import pytest
 from engine import models
 from engine.config import EngineConfig, GenerationConfig
 from engine.failures import DeadlinePassed
-from engine.generation import Answer, Generator
-from engine.generation_model import Generative, load_generative
+from engine.generation import Generator
+from engine.generation_model import load_generative
 from engine.lane import Priority
 from engine.loading import load
 from sluice.errors import Backpressure, ConfigError, Permanent, Retryable
-from tests.engine import tiny_generation
-from tests.engine.tiny_generation import picture
+from tests.engine.fakes import FakeBackend, fake_loader
+from tests.engine.generating import PROMPTS, first_piece, plain, text_of, until
 
-PROMPTS = [
-    "the disk is full",
-    "a",
-    "user login failed " * 6,
-    "磁盘已满 🚀",
-    "error: " + "x" * 150,
-    "link lost",
-]
 BOTH = pytest.mark.parametrize("batching", ["always", "never"])
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return tiny_generation.build_all(tmp_path_factory.mktemp("generative"))
-
-
-@pytest.fixture
-async def opened() -> AsyncIterator[Callable[..., Any]]:
-    async with AsyncExitStack() as stack:
-
-        async def start(folder: Path, load: Any = load_generative, **limits: Any) -> Generator:
-            small = {"cache_tokens_max": 4096, "prompt_tokens_max": 300, "new_tokens_max": 256, "step_tokens_max": 64}
-            section = GenerationConfig(**{**small, **limits})
-            generator = Generator(EngineConfig(model=str(folder), device="cpu", generation=section), load)
-            stack.push_async_callback(generator.close)
-            await generator.start()
-            return generator
-
-        yield start
-
-
-@cache
-def loaded(folder: Path) -> Generative:
-    return load_generative(EngineConfig(model=str(folder), device="cpu"))
-
-
-def plain(folder: Path, prompts: list[str], new_tokens: int, images: list[bytes] | None = None) -> list[str]:
-    """What the documentation of transformers does: one prompt after another."""
-    import torch
-
-    model = loaded(folder)
-    tokenizer = model.tokenizer
-    texts = []
-    for prompt in prompts:
-        inputs = model.read(prompt, images or (), False).inputs or tokenizer(prompt, return_tensors="pt")
-        start = 1 if model.net.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-        with torch.inference_mode():
-            output = model.net.generate(
-                **{key: value for key, value in inputs.items() if key != "token_type_ids"},
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                pad_token_id=0,
-            )
-        texts.append(tokenizer.decode(output[0, start:], skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    return texts
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not holds():  # noqa: ASYNC110 - figures have no event; bounded by the time-out
-            await asyncio.sleep(0.001)
-
-
-async def text_of(answer: Answer) -> str:
-    return "".join([piece async for piece in answer])
-
-
-async def first_piece(answer: Answer) -> str:
-    return await asyncio.wait_for(anext(answer), 20)
 
 
 @pytest.mark.parametrize(
     ("name", "batching"), [("llama", "auto"), ("llama", "never"), ("penalty", "auto"), ("t5", "auto")]
 )
 async def test_greedy_text_equals_plain_generate_when_requests_join_in_mid_flight(
-    opened: Callable[..., Any], folders: dict[str, Path], name: str, batching: str
+    open_generator: Callable[..., Any], generative: dict[str, Path], name: str, batching: str
 ) -> None:
-    expected = plain(folders[name], PROMPTS, 24)
+    expected = plain(generative[name], PROMPTS, 24)
     assert len(set(expected)) > len(PROMPTS) / 2, "the model must tell prompts apart"
-    generator: Generator = await opened(folders[name], batching=batching, batch_requests_max=5)
+    generator: Generator = await open_generator(generative[name], batching=batching, batch_requests_max=5)
     early = [generator.generate(prompt, max_new_tokens=24) for prompt in PROMPTS[:3]]
     begun = [await first_piece(each) for each in early]
     late = [generator.generate(prompt, max_new_tokens=24) for prompt in PROMPTS[3:]]
@@ -115,10 +45,10 @@ async def test_greedy_text_equals_plain_generate_when_requests_join_in_mid_fligh
 
 
 async def test_sampling_beside_greedy_requests_changes_nothing_for_them(
-    opened: Callable[..., Any], folders: dict[str, Path]
+    open_generator: Callable[..., Any], generative: dict[str, Path]
 ) -> None:
-    expected = plain(folders["llama"], PROMPTS[:3], 30)
-    generator: Generator = await opened(folders["llama"], batching="always")
+    expected = plain(generative["llama"], PROMPTS[:3], 30)
+    generator: Generator = await open_generator(generative["llama"], batching="always")
     warm = [generator.generate(prompt, max_new_tokens=30, temperature=5.0) for prompt in PROMPTS[:3] * 2]
     cold = [generator.generate(prompt, max_new_tokens=30) for prompt in PROMPTS[:3]]
     texts = await asyncio.gather(*map(text_of, [*warm, *cold]))
@@ -127,11 +57,11 @@ async def test_sampling_beside_greedy_requests_changes_nothing_for_them(
 
 
 async def test_the_reason_of_the_end_and_the_tokens_are_told(
-    opened: Callable[..., Any], folders: dict[str, Path]
+    open_generator: Callable[..., Any], generative: dict[str, Path]
 ) -> None:
-    (whole,) = plain(folders["llama"], ["the disk is full"], 40)
+    (whole,) = plain(generative["llama"], ["the disk is full"], 40)
     stop = whole[8:10]
-    generator: Generator = await opened(folders["llama"])
+    generator: Generator = await open_generator(generative["llama"])
     short = generator.generate("the disk is full", max_new_tokens=5)
     await text_of(short)
     assert (short.usage.finish, short.usage.new_tokens, short.usage.prompt_tokens) == ("length", 5, 16)
@@ -145,9 +75,11 @@ async def test_the_reason_of_the_end_and_the_tokens_are_told(
 
 @BOTH
 async def test_beyond_the_limit_calls_get_back_pressure_and_nothing_is_kept(
-    opened: Callable[..., Any], folders: dict[str, Path], batching: str
+    open_generator: Callable[..., Any], generative: dict[str, Path], batching: str
 ) -> None:
-    generator: Generator = await opened(folders["llama"], batching=batching, requests_max=2, batch_requests_max=1)
+    generator: Generator = await open_generator(
+        generative["llama"], batching=batching, requests_max=2, batch_requests_max=1
+    )
     running = [generator.generate(prompt, max_new_tokens=40) for prompt in PROMPTS[:2]]
     tasks = [asyncio.ensure_future(text_of(each)) for each in running]
     await asyncio.sleep(0)
@@ -160,9 +92,9 @@ async def test_beyond_the_limit_calls_get_back_pressure_and_nothing_is_kept(
 
 @BOTH
 async def test_a_caller_that_goes_away_frees_its_place_at_once(
-    opened: Callable[..., Any], folders: dict[str, Path], batching: str
+    open_generator: Callable[..., Any], generative: dict[str, Path], batching: str
 ) -> None:
-    generator: Generator = await opened(folders["llama"], batching=batching, batch_requests_max=1)
+    generator: Generator = await open_generator(generative["llama"], batching=batching, batch_requests_max=1)
     first = generator.generate(PROMPTS[0], max_new_tokens=256)
     await first_piece(first)
     waiting = asyncio.ensure_future(text_of(generator.generate(PROMPTS[1], max_new_tokens=4)))
@@ -173,17 +105,46 @@ async def test_a_caller_that_goes_away_frees_its_place_at_once(
     assert generator.stats().waiting == 1
     await first.aclose()
     assert generator.stats().dropped == 2
-    assert await asyncio.wait_for(waiting, 20) == plain(folders["llama"], PROMPTS[1:2], 4)[0]
+    assert await asyncio.wait_for(waiting, 20) == plain(generative["llama"], PROMPTS[1:2], 4)[0]
     assert first.usage.new_tokens < 256
     assert (generator.stats().running, generator.stats().tokens_running) == (0, 0)
 
 
+async def test_an_answer_that_is_dropped_frees_its_place(
+    open_generator: Callable[..., Any], generative: dict[str, Path]
+) -> None:
+    generator: Generator = await open_generator(generative["llama"])
+    async for _ in generator.generate(PROMPTS[0], max_new_tokens=256):
+        break
+    await until(lambda: generator.stats().running == 0)
+    assert generator.stats().dropped == 1
+
+
+async def test_tokens_under_way_stay_within_the_cache_and_no_answer_suffers(
+    open_generator: Callable[..., Any], generative: dict[str, Path]
+) -> None:
+    limits = {"cache_tokens_max": 320, "prompt_tokens_max": 260, "new_tokens_max": 60, "step_tokens_max": 20}
+    generator: Generator = await open_generator(generative["llama"], batching="always", **limits)
+    most = 0
+
+    async def watched(prompt: str) -> str:
+        nonlocal most
+        pieces = []
+        async for piece in generator.generate(prompt, max_new_tokens=20):
+            pieces.append(piece)
+            most = max(most, generator.stats().tokens_running)
+        return "".join(pieces)
+
+    assert await asyncio.gather(*map(watched, PROMPTS * 2)) == plain(generative["llama"], PROMPTS, 20) * 2
+    assert 160 < most <= 320
+
+
 @BOTH
 async def test_a_deadline_ends_a_request_wherever_it_is_and_no_other(
-    opened: Callable[..., Any], folders: dict[str, Path], batching: str
+    open_generator: Callable[..., Any], generative: dict[str, Path], batching: str
 ) -> None:
-    generator: Generator = await opened(folders["llama"], batching=batching, batch_requests_max=2)
-    expected = plain(folders["llama"], PROMPTS[:1], 120)[0]
+    generator: Generator = await open_generator(generative["llama"], batching=batching, batch_requests_max=2)
+    expected = plain(generative["llama"], PROMPTS[:1], 120)[0]
     other = asyncio.ensure_future(text_of(generator.generate(PROMPTS[0], max_new_tokens=120)))
     late = [generator.generate(prompt, max_new_tokens=256, deadline_s=0.03) for prompt in PROMPTS[1:]]
     for ended in await asyncio.gather(*map(text_of, late), return_exceptions=True):
@@ -196,11 +157,11 @@ async def test_a_deadline_ends_a_request_wherever_it_is_and_no_other(
 
 @BOTH
 async def test_online_requests_overtake_background_ones_that_have_not_waited_long(
-    opened: Callable[..., Any], folders: dict[str, Path], batching: str
+    open_generator: Callable[..., Any], generative: dict[str, Path], batching: str
 ) -> None:
     async def order(wait_s: float) -> list[str]:
-        generator: Generator = await opened(
-            folders["llama"], batching=batching, batch_requests_max=1, background_wait_s=wait_s
+        generator: Generator = await open_generator(
+            generative["llama"], batching=batching, batch_requests_max=1, background_wait_s=wait_s
         )
         ended: list[str] = []
 
@@ -223,10 +184,10 @@ async def test_online_requests_overtake_background_ones_that_have_not_waited_lon
 
 @BOTH
 async def test_closing_ends_all_requests_with_an_error_and_all_threads(
-    opened: Callable[..., Any], folders: dict[str, Path], batching: str
+    open_generator: Callable[..., Any], generative: dict[str, Path], batching: str
 ) -> None:
     before = set(threading.enumerate())
-    generator: Generator = await opened(folders["llama"], batching=batching, batch_requests_max=2)
+    generator: Generator = await open_generator(generative["llama"], batching=batching, batch_requests_max=2)
     answers = [generator.generate(prompt, max_new_tokens=256) for prompt in PROMPTS]
     tasks = [asyncio.ensure_future(text_of(each)) for each in answers]
     await until(lambda: generator.stats().new_tokens > 0)
@@ -239,19 +200,19 @@ async def test_closing_ends_all_requests_with_an_error_and_all_threads(
         await text_of(generator.generate("x"))
 
 
-async def test_draining_lets_requests_end(opened: Callable[..., Any], folders: dict[str, Path]) -> None:
-    generator: Generator = await opened(folders["llama"])
+async def test_draining_lets_requests_end(open_generator: Callable[..., Any], generative: dict[str, Path]) -> None:
+    generator: Generator = await open_generator(generative["llama"])
     answer = generator.generate(PROMPTS[0], max_new_tokens=50)
     begun = await first_piece(answer)
     rest = asyncio.ensure_future(text_of(answer))
     await generator.drain(20)
-    assert begun + await rest == plain(folders["llama"], PROMPTS[:1], 50)[0]
+    assert begun + await rest == plain(generative["llama"], PROMPTS[:1], 50)[0]
     assert not generator.ready
 
 
 @BOTH
 async def test_a_failing_device_fails_its_requests_and_the_next_ones_work(
-    opened: Callable[..., Any], folders: dict[str, Path], batching: str
+    open_generator: Callable[..., Any], generative: dict[str, Path], batching: str
 ) -> None:
     failing = threading.Event()
 
@@ -267,14 +228,15 @@ async def test_a_failing_device_fails_its_requests_and_the_next_ones_work(
         model.net.forward = broken
         return model
 
-    generator: Generator = await opened(folders["llama"], load, batching=batching)
+    generator: Generator = await open_generator(generative["llama"], load, batching=batching)
     failing.set()
     answers = [generator.generate(prompt, max_new_tokens=50) for prompt in PROMPTS[:3]]
     results = await asyncio.gather(*map(text_of, answers), return_exceptions=True)
     assert all(isinstance(each, Retryable) and "generation failed" in str(each) for each in results)
     failing.clear()
     assert (
-        await text_of(generator.generate(PROMPTS[1], max_new_tokens=5)) == plain(folders["llama"], PROMPTS[1:2], 5)[0]
+        await text_of(generator.generate(PROMPTS[1], max_new_tokens=5))
+        == plain(generative["llama"], PROMPTS[1:2], 5)[0]
     )
 
 
@@ -293,9 +255,9 @@ async def test_a_failing_device_fails_its_requests_and_the_next_ones_work(
     ],
 )
 async def test_what_cannot_be_answered_is_refused_alone(
-    opened: Callable[..., Any], folders: dict[str, Path], arguments: dict[str, Any], message: str
+    open_generator: Callable[..., Any], generative: dict[str, Path], arguments: dict[str, Any], message: str
 ) -> None:
-    generator: Generator = await opened(folders["llama"], batching="never")
+    generator: Generator = await open_generator(generative["llama"], batching="never")
     good = generator.generate("x", max_new_tokens=2)
     with pytest.raises(Permanent, match=message):
         await text_of(generator.generate(**arguments))
@@ -304,9 +266,9 @@ async def test_what_cannot_be_answered_is_refused_alone(
 
 
 async def test_an_answer_ends_where_the_model_cannot_see_more(
-    opened: Callable[..., Any], folders: dict[str, Path]
+    open_generator: Callable[..., Any], generative: dict[str, Path]
 ) -> None:
-    generator: Generator = await opened(folders["llama"], prompt_tokens_max=600, new_tokens_max=100)
+    generator: Generator = await open_generator(generative["llama"], prompt_tokens_max=600, new_tokens_max=100)
     answer = generator.generate("x" * 480, max_new_tokens=100)
     await text_of(answer)
     assert (answer.usage.new_tokens, answer.usage.finish) == (32, "length")
@@ -314,51 +276,8 @@ async def test_an_answer_ends_where_the_model_cannot_see_more(
         await text_of(generator.generate("x" * 512))
 
 
-async def test_images_and_text_equal_plain_generate(opened: Callable[..., Any], folders: dict[str, Path]) -> None:
-    images = [picture(), picture(16, 90, (3, 200, 3), "JPEG")]
-    generator: Generator = await opened(folders["llava"])
-    assert generator.sees
-    assert generator.plan()["batching"] == "one by one: continuous batching takes no images"
-    cases = [images, images[:1], images[1:], []]
-    answers = [generator.generate("what is this?", images=each, max_new_tokens=20) for each in cases]
-    texts = await asyncio.gather(*map(text_of, answers))
-    assert texts == [plain(folders["llava"], ["what is this?"], 20, each)[0] for each in cases]
-    assert len(set(texts)) == len(texts), "the model must look at the images"
-    assert answers[0].usage.prompt_tokens == answers[3].usage.prompt_tokens + 2 * 4
-
-
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [
-        ([b""], "image 1: no image of a known format"),
-        ([picture(), b"GIF89a junk"], "image 2: no image of a known format"),
-        ([picture()[:60]], "image 1: damaged PNG"),
-        ([picture(300, 300)], r"image 1 of 300 x 300 pixels exceeds 10000 \(engine.generation.image_pixels_max\)"),
-        ([picture(60, 60, form="BMP")], r"image 1 of 10854 bytes exceeds 5000 \(engine.generation.image_bytes_max\)"),
-        ([picture()] * 4, r"4 images exceed 3 \(engine.generation.images_max\)"),
-        (["text"], "image 1: not bytes but str"),
-    ],
-)
-async def test_a_bad_image_is_refused_alone(
-    opened: Callable[..., Any], folders: dict[str, Path], images: list[Any], message: str
-) -> None:
-    generator: Generator = await opened(folders["llava"], images_max=3, image_bytes_max=5000, image_pixels_max=10_000)
-    good = asyncio.ensure_future(text_of(generator.generate("x", images=[picture()], max_new_tokens=4)))
-    with pytest.raises(Permanent, match=message):
-        await text_of(generator.generate("x", images=images))
-    assert await good is not None
-
-
-async def test_a_prompt_that_names_images_it_does_not_have_is_refused(
-    opened: Callable[..., Any], folders: dict[str, Path]
-) -> None:
-    generator: Generator = await opened(folders["llava"])
-    with pytest.raises(Permanent, match="cannot take this prompt with its images"):
-        await text_of(generator.generate("<image><image> what?", images=[picture()], max_new_tokens=4))
-
-
 async def test_the_wrong_kind_of_model_is_told_with_what_it_offers(
-    folders: dict[str, Path], tiny_models: dict[str, Path]
+    generative: dict[str, Path], tiny_models: dict[str, Path]
 ) -> None:
     for name, offers in (("bert", "embed, classify, novelty"), ("head", "classify"), ("ner", "tokens")):
         generator = Generator(EngineConfig(model=str(tiny_models[name]), device="cpu"))
@@ -366,13 +285,45 @@ async def test_the_wrong_kind_of_model_is_told_with_what_it_offers(
             await generator.start()
         await generator.close()
     with pytest.raises(Permanent, match="it offers generate, and none of embed, classify, novelty and tokens"):
-        load(EngineConfig(model=str(folders["llama"]), device="cpu"))
-    assert models.read_card("m", folders["llava"]).kind == "generation"
+        load(EngineConfig(model=str(generative["llama"]), device="cpu"))
+    assert models.read_card("m", generative["llava"]).kind == "generation"
 
 
-async def test_always_batching_a_model_that_cannot_be_is_an_error(folders: dict[str, Path]) -> None:
+async def test_an_engine_generates_beside_its_tasks_and_replaces_the_model_while_it_works(
+    open_engine: Callable[..., Any], generative: dict[str, Path]
+) -> None:
+    def section(name: str, **changes: Any) -> EngineConfig:
+        return EngineConfig(
+            device="cpu", threads=1, generation=GenerationConfig(model=str(generative[name]), **changes)
+        )
+
+    engine = await open_engine(section("llama"), loader=fake_loader(FakeBackend()))
+    assert engine.ready
+    answer = engine.generator.generate(PROMPTS[0], max_new_tokens=50)
+    begun = await first_piece(answer)
+    rest = asyncio.ensure_future(text_of(answer))
+    assert (await engine.analyze(["disk"]))[0].label
+    assert await engine.reload(section("penalty")) == ["generation"]
+    assert begun + await rest == plain(generative["llama"], PROMPTS[:1], 50)[0]
+    text = await text_of(engine.generator.generate(PROMPTS[0], max_new_tokens=5))
+    assert text == plain(generative["penalty"], PROMPTS[:1], 5)[0]
+    generator = engine.generator
+    await engine.close()
+    assert not generator.ready
+
+
+async def test_an_engine_without_a_generative_model_says_how_to_get_one(open_engine: Callable[..., Any]) -> None:
+    engine = await open_engine(EngineConfig(), loader=fake_loader(FakeBackend()))
+    with pytest.raises(Permanent, match=r"set engine\.generation\.model"):
+        engine.generator.generate("x")
+    await engine.close()
+    with pytest.raises(Retryable, match="the engine is closed"):
+        engine.generator.generate("x")
+
+
+async def test_always_batching_a_model_that_cannot_be_is_an_error(generative: dict[str, Path]) -> None:
     section = GenerationConfig(batching="always")
-    generator = Generator(EngineConfig(model=str(folders["penalty"]), device="cpu", generation=section))
+    generator = Generator(EngineConfig(model=str(generative["penalty"]), device="cpu", generation=section))
     with pytest.raises(Permanent, match=r"is 'always', but .*RepetitionPenaltyLogitsProcessor"):
         await generator.start()
     await generator.close()

@@ -54,7 +54,7 @@ def test_a_folder_says_kind_labels_limits_and_pooling(tiny_models: dict[str, Pat
         ("tokenizer.json", "{}", "cannot load the tokenizer"),
         ("tokenizer.json", "{broken", "cannot load the tokenizer"),
         ("tokenizer.json", None, "cannot load the tokenizer from .*: it has no tokenizer.json; copy or download it"),
-        ("model.safetensors", "junk", "cannot load the weights: .*model.safetensors: damaged .*download the model again"),
+        ("model.safetensors", "junk", "cannot load the weights: .*model.safetensors: damaged .*download the model"),
         ("model.safetensors", "", "cannot load the weights: .*model.safetensors: damaged"),
         ("model.safetensors", "version https://git-lfs.github.com/spec/v1", "Git LFS pointer .*git lfs pull"),
     ],

@@ -254,6 +254,7 @@ def test_a_network_that_cannot_be_compiled_runs_as_it_is(
 @pytest.mark.integration
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's compiler uses what PyTorch deprecates
 def test_a_compiled_network_has_the_same_outputs(tiny_models: dict[str, Path]) -> None:
     net, _ = load(tiny_models["distilbert"])
     plain = torch_forms.PaddedNetwork(net)

@@ -68,6 +68,7 @@ class World:
                 except Backpressure:
                     self.refused.add(arrival.id)
             heappush(free, self._turn(waiting))
+        assert not any(self.scheduler._waiting), "what is counted by length is what waits"
 
     def _turn(self, waiting: deque[Item]) -> float:
         """One device asks for a batch; when it asks again."""
@@ -96,7 +97,7 @@ arrivals = st.lists(
     st.tuples(
         st.integers(1, LENGTH_MAX),
         st.sampled_from(Priority),
-        st.floats(0, 3),
+        st.one_of(st.just(0.0), st.floats(0, 3)),
         st.one_of(st.none(), st.floats(0.001, 1)),
     ),
     max_size=120,
@@ -206,6 +207,24 @@ def test_what_rides_along_follows_the_measured_cost_of_the_device_that_asks() ->
         subject = scheduler()
         subject.add([item(1, 64), item(2, 48), item(3, 8)])
         assert len(subject.next_batch(0.0, Terms(1024, cost)).batch) == together
+
+
+def test_a_batch_is_padded_a_little_further_where_that_fills_it() -> None:
+    subject = scheduler()
+    subject.add([item(0, 40, at=-1.0), *(item(i, 42) for i in range(1, 21)), *(item(i, 200) for i in range(30, 34))])
+    batch = subject.next_batch(0.0).batch
+    assert batch[0].id == 0, "the most urgent one leads"
+    assert {each.tokens for each in batch} == {40, 42}
+    assert len(batch) == 21
+
+
+def test_a_packed_batch_is_filled_to_its_budget_and_not_beyond() -> None:
+    subject = scheduler()
+    subject.add([item(i, 10 + i % 90) for i in range(200)])
+    while len(subject):
+        rest = subject.queued_tokens
+        tokens = sum(each.tokens for each in subject.next_batch(0.0, Terms(500, COST, packed=True)).batch)
+        assert min(rest, 400) <= tokens <= 500
 
 
 def test_rows_with_many_of_their_kind_wait_for_a_batch_of_their_own() -> None:

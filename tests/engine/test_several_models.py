@@ -220,3 +220,17 @@ async def test_sighup_reads_the_configuration_again_and_a_bad_one_changes_nothin
     await service.drain(1)
     await running
     await service.drain(1)
+
+
+async def test_a_session_that_cannot_be_made_is_an_error_of_start_and_not_a_hang() -> None:
+    def loader(section: EngineConfig) -> Loaded:
+        loaded = fake_loader(FakeBackend())(section)
+        del loaded.tokenizer
+        return loaded
+
+    telemetry = Telemetry("test", TelemetryConfig(log_level="debug"), stream=io.StringIO())
+    engine = Engine(config(), telemetry, loader=loader)
+    async with asyncio.timeout(30):
+        with pytest.raises(AttributeError):
+            await engine.start()
+        await engine.close()

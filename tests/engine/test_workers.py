@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from engine.backend import DeviceLost, DeviceOutOfMemory
-from engine.config import EngineConfig
+from engine.config import CacheConfig, EngineConfig
 from engine.devices import numa_nodes
 from engine.loading import Loaded, load
 from engine.remote import RemoteBackend, WorkerSpec, open_workers
@@ -111,19 +111,24 @@ def test_signals_to_the_group_do_not_end_a_worker_before_its_parent_says_so() ->
     assert not psutil.pid_exists(backend.pid)
 
 
-def test_no_worker_outlives_its_parent_and_no_descriptor_is_left() -> None:
+def test_no_descriptor_is_left_of_workers_that_were_closed() -> None:
     before = descriptors()
-    for _ in range(3):
+    for _ in range(2):
         with worker() as backend:
             assert backend.reasons == {"fake": "yes"}
     assert descriptors() == before
+
+
+def test_no_worker_outlives_its_parent_not_even_in_mid_batch(tmp_path: Path) -> None:
+    fifo = tmp_path / "batch"
+    os.mkfifo(fifo)
     program = (
-        "from engine.remote import *; import threading;"
-        f"print(RemoteBackend(WorkerSpec('{FAKE}')).pid, flush=True); threading.Event().wait()"
+        "import numpy, sys; from engine.remote import *;"
+        f"backend = RemoteBackend(WorkerSpec({FAKE!r}, dict(hang_once=sys.argv[1])));"
+        "backend.collect(backend.submit([numpy.ones(3, numpy.int32)], 3))"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        child = psutil.Process(int(parent.stdout.readline()))
+    with subprocess.Popen([sys.executable, "-c", program, str(fifo)]) as parent:
+        child = psutil.Process(caught_in_the_middle(fifo))
         parent.kill()
         parent.wait()
         child.wait(10)
@@ -155,6 +160,32 @@ def test_a_real_model_gives_the_same_in_worker_processes(
             np.testing.assert_allclose(one.astype(np.float32), other.astype(np.float32), atol=2e-3)
     assert "worker processes" in there.reasons["devices"]
     assert here.version == there.version
+
+
+async def test_an_engine_divides_its_texts_among_lanes_and_gives_the_same(
+    open_engine: Callable[..., Any], tiny_models: dict[str, Path]
+) -> None:
+    texts = [f"the disk is full {'error ' * (i % 30)}" for i in range(300)]
+    found = []
+    for parts in (1, 2):
+        section = EngineConfig(
+            model=str(tiny_models["bert"]),
+            device="cpu",
+            precision="fp32",
+            workers=parts,
+            worker_kind="thread",
+            batch_tokens=128,
+            fit_seconds_max=0.1,
+            caches=CacheConfig(token_bytes_max=0, result_bytes_max=0),
+        )
+        engine = await open_engine(section)
+        analyses = await engine.analyze(texts, task="embed")
+        found.append([np.frombuffer(each.embedding, np.float16).astype(np.float32) for each in analyses])
+        stats = engine.stats()
+        assert len(stats.devices) == parts
+        assert all(device.rows > 0 and device.busy_s > 0 for device in stats.devices)
+        assert stats.device_busy_s == pytest.approx(sum(device.busy_s for device in stats.devices))
+    np.testing.assert_allclose(found[0], found[1], atol=2e-3)
 
 
 def test_a_damaged_model_is_the_same_error_in_a_worker(

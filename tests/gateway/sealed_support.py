@@ -123,7 +123,9 @@ class Analyser:
         if self.stopped:
             return [Said("", error="the engine stopped", reason="stopped") for _ in texts]
         self.calls.append(list(texts))
-        return [Said("bad", error="unreadable", reason="text") if "bad" in t else Said(f"length {len(t)}") for t in texts]
+        return [
+            Said("bad", error="unreadable", reason="text") if "bad" in t else Said(f"length {len(t)}") for t in texts
+        ]
 
     @property
     def seen(self) -> list[str]:
