@@ -10,7 +10,7 @@ of PyTorch: `torch_forms` tries them before they are used and falls back.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its name in every PyTorch program
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from engine.backend import Outputs, Rows
 
 # Tokens of a batch that the blocked order is chosen for. The order does not depend on it on the CPUs seen.
-_TYPICAL_TOKENS = 1024
+_TYPICAL_TOKENS: Final = 1024
 
 
 class Linear(Protocol):
