@@ -191,7 +191,7 @@ class EngineConfig(Section, frozen=True):
     backend: Annotated[
         Literal["auto", "torch", "openvino"],
         msgspec.Meta(
-            description="auto: torch; on a CPU OpenVINO where it is installed, caches.directory is set and it is faster."
+            description="auto: torch; on a CPU OpenVINO where it is installed and faster, if caches.directory is set."
         ),
     ] = "auto"
     precision: Annotated[

@@ -145,7 +145,7 @@ def load_weights(card: ModelCard, factory: Any, dtype: Any) -> Any:
         model, report = factory.from_pretrained(
             str(card.folder),
             dtype=dtype,
-            attn_implementation="sdpa",
+            # transformers takes SDPA where the architecture has it, else its own attention (mpnet, deberta).
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,

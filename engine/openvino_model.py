@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 FORMAT: Final = 1
 # Models kept: the one in use and the one before, for a rollback.
 KEPT_MAX: Final = 2
+# No conversion lasts that long: what is unfinished and older was cut short.
+STALE_S: Final = 3600.0
 MANIFEST: Final = "manifest.json"
 FILES: Final = ("model.xml", "model.bin")
 # Largest difference from PyTorch, as a share of the largest output; rounding is far below, a wrong graph far above.
@@ -218,10 +221,11 @@ def _keep(model: Any, root: Path, folder: Path) -> None:
 
 
 def _prune(root: Path) -> None:
-    """Removes what is left of conversions that were cut short, and all but the latest models."""
-    kept = sorted((each for each in root.iterdir() if each.is_dir()), key=lambda each: each.stat().st_mtime)
-    complete = [each for each in kept if not each.name.startswith(".")]
-    for each in complete[:-KEPT_MAX]:
+    """Removes all but the latest models, and what is left of conversions that were cut short."""
+    folders = [(each.stat().st_mtime, each) for each in root.iterdir() if each.is_dir()]
+    kept = sorted(folder for folder in folders if not folder[1].name.startswith("."))
+    stale = [folder for folder in folders if folder[1].name.startswith(".") and folder[0] < time.time() - STALE_S]
+    for _, each in [*kept[:-KEPT_MAX], *stale]:
         shutil.rmtree(each, ignore_errors=True)
 
 

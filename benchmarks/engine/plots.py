@@ -114,7 +114,7 @@ def _latency(rows: Sequence[Mapping[str, Any]], where: str, folder: Path) -> Pat
         axes.set_xlabel(f"load, % of {ours}'s capacity" if basis == "ours" else "load, % of each system's own capacity")
         axes.grid(which="both", alpha=0.25)
     panels[0].set_ylabel("latency p99, ms (from when the text was due)")
-    panels[0].legend(fontsize=7.5)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=7.5, loc="outside lower center", ncols=2)
     figure.suptitle(f"Open loop, 5% online among background texts: MiniLM\n{where}", ha="left", x=0.02, fontsize=10)
     file = folder / "engine-latency.png"
     figure.savefig(file, dpi=DPI)

@@ -144,9 +144,9 @@ def _latency(rows: Sequence[Mapping[str, Any]]) -> str:
     )  # fmt: skip
     note = (
         "Open loop: single texts at Poisson times, 5% online among background ones, counted from when they were due. "
-        "`ours` is the capacity of the first system here, `own` the system's own. The peer is infinity-emb in its fastest form here; it knows no priorities. A "
-        "text not answered 10 s after the last arrival counts with what it had waited by then; a system that was "
-        "offered more than it can do is marked as overloaded."
+        "`ours` is the capacity of the first system here, `own` the system's own (texts/s of the saturated run). The "
+        "peer is infinity-emb in its fastest form here; it has no priorities. A text not answered 10 s after the last "
+        "arrival counts with what it had waited by then; who was offered more than it can do is marked as overloaded."
     )
     return f"## Latency under load\n\n{table(head, body)}\n\n{note}"
 

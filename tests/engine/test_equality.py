@@ -141,7 +141,7 @@ class Tight:
         return self._backend.submit(rows, length)
 
 
-@pytest.mark.parametrize("name", ["bert", "bert-cls", "distilbert"])
+@pytest.mark.parametrize("name", ["bert", "bert-cls", "distilbert", "mpnet"])
 async def test_embeddings_of_other_encoders_equal_plain_ones(
     open_engine: Callable[..., Any], tiny_models: dict[str, Path], name: str
 ) -> None:

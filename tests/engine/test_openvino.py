@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -149,13 +150,14 @@ def test_a_directory_that_cannot_be_written_costs_the_next_start_only(open_model
 
 def test_old_conversions_do_not_pile_up(open_model: Any, tmp_path: Path) -> None:
     root = tmp_path / "openvino"
-    for age, name in enumerate(("oldest", "older", "previous")):
+    for age, name in enumerate(("oldest", "older", "previous", ".new-cut-short")):
         (root / name).mkdir(parents=True)
         os.utime(root / name, (1000 + age, 1000 + age))
+    (root / ".new-under-way").mkdir()
     open_model("bert", caches=CacheConfig(directory=str(tmp_path)))
     left = {each.name for each in root.iterdir()}
-    assert len(left) == 2
-    assert "previous" in left
+    assert len(left) == 3
+    assert {"previous", ".new-under-way"} < left
 
 
 def test_lanes_share_one_model_and_compute_side_by_side(open_model: Any, converted: CacheConfig) -> None:
@@ -294,6 +296,12 @@ async def test_the_engine_runs_on_it_and_results_keep_their_identity(
         assert engine.plan()["backend"].startswith(f"{backend}: ")
     assert found["torch"][0] == found["openvino"][0]
     assert least_cosine(found["torch"][1], found["openvino"][1]) > EXACT
+
+
+def test_only_one_place_imports_it() -> None:
+    sources = {file.name: file.read_text(encoding="utf-8") for file in Path(backends.__file__).parent.glob("*.py")}
+    pattern = re.compile(r"^\s*(?:import openvino\b|from openvino import)", re.MULTILINE)
+    assert [name for name, text in sources.items() if pattern.search(text)] == ["openvino_model.py"]
 
 
 def test_converting_reports_to_nobody_and_prints_nothing(tiny_models: dict[str, Path], tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ ENTITIES = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC")
 
 
 def build_all(root: Path) -> dict[str, Path]:
-    """Folders by name: `bert`, `bert-cls`, `head`, `distilbert`, `roberta`; for `tokens`: `ner`, `ner-bytes`."""
+    """Folders by name; `ner` and `ner-bytes` are for the task `tokens`."""
     import torch
     from transformers import (
         BertConfig,
@@ -50,6 +50,8 @@ def build_all(root: Path) -> dict[str, Path]:
         BertModel,
         DistilBertConfig,
         DistilBertModel,
+        MPNetConfig,
+        MPNetModel,
         RobertaConfig,
         RobertaForSequenceClassification,
         RobertaForTokenClassification,
@@ -69,6 +71,7 @@ def build_all(root: Path) -> dict[str, Path]:
         "ner-bytes": RobertaForTokenClassification(
             RobertaConfig(**{**SHAPE, "vocab_size": 300}, **entities, pad_token_id=0)
         ),
+        "mpnet": MPNetModel(MPNetConfig(**SHAPE)),
         "roberta": RobertaForSequenceClassification(RobertaConfig(**SHAPE, **three, pad_token_id=0)),
     }
     folders = {}
