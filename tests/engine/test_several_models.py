@@ -5,7 +5,7 @@ import io
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -199,6 +199,15 @@ async def test_a_changed_section_is_taken_over_model_by_model(open_engine: Calla
     assert [shelf.backends[name].closed for name in ("first", "other", "next", "third")] == [True, True, False, False]
 
 
+@pytest.fixture
+def harmless_sighup() -> Iterator[None]:
+    """A SIGHUP that nobody handles must fail the test and not end the process that runs it."""
+    before = signal.signal(signal.SIGHUP, lambda *_: None)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("harmless_sighup")
 async def test_sighup_reads_the_configuration_again_and_a_bad_one_changes_nothing(
     open_engine: Callable[..., Any],
 ) -> None:
@@ -208,17 +217,18 @@ async def test_sighup_reads_the_configuration_again_and_a_bad_one_changes_nothin
     said = io.StringIO()
     telemetry = Telemetry("test", TelemetryConfig(log_level="debug"), stream=said)
     service = ModelReload(engine, lambda: EngineConfig(model=wanted[0], caches=NO_CACHES), telemetry)
-    running = asyncio.create_task(service.run())
-    await asyncio.sleep(0)
-    os.kill(os.getpid(), signal.SIGHUP)
-    await until(lambda: "'absent' was not found" in said.getvalue())
-    assert (engine.model, engine.ready) == ("first", True)
-    wanted[0] = "next"
-    os.kill(os.getpid(), signal.SIGHUP)
-    await until(lambda: "engine_reloaded" in said.getvalue())
-    assert engine.model == "next"
-    await service.drain(1)
-    await running
+    unhandled = signal.getsignal(signal.SIGHUP)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(service.run())
+        await until(lambda: signal.getsignal(signal.SIGHUP) is not unhandled)
+        os.kill(os.getpid(), signal.SIGHUP)
+        await until(lambda: "'absent' was not found" in said.getvalue())
+        assert (engine.model, engine.ready) == ("first", True)
+        wanted[0] = "next"
+        os.kill(os.getpid(), signal.SIGHUP)
+        await until(lambda: "engine_reloaded" in said.getvalue())
+        assert engine.model == "next"
+        await service.drain(1)
     await service.drain(1)
 
 
