@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -64,6 +65,17 @@ def library() -> Any:
     import openvino
 
     return openvino
+
+
+@cache
+def shared_core() -> Any:
+    """The one `openvino.Core` of this process, for good.
+
+    Its CPU plugin gives the thread that loads it a signal stack of its own, and unmaps that stack when it is unloaded.
+    With two of them, unloaded in the order of loading, the thread is left on a stack that is gone: the next signal
+    is a segmentation fault (seen with 2026.4).
+    """
+    return library().Core()
 
 
 @dataclass(frozen=True, slots=True)
