@@ -50,7 +50,7 @@ def open_backend(config: EngineConfig, card: ModelCard, reasons: dict[str, str])
         Permanent: the model is damaged, or cannot be converted.
     """
     openvino = openvino_model.library()
-    core = shared_core()
+    core = openvino_model.shared_core()
     wanted = openvino_model.source(config, card)
     model, origin = openvino_model.load(core, wanted, config.caches.directory)
     allowed = len(os.sched_getaffinity(0))
