@@ -176,7 +176,7 @@ def _engine(config: CentralConfig, telemetry: Telemetry) -> EngineService:
 def _reload(engine: EngineService, read_again: Callable[[], CentralConfig], telemetry: Telemetry) -> Service:
     from engine.reload import ModelReload
 
-    return After(ModelReload(engine.engine, lambda: read_again().engine, telemetry), engine.started)
+    return ModelReload(engine.engine, lambda: read_again().engine, telemetry)
 
 
 def _analysis(config: CentralConfig, telemetry: Telemetry, engine: EngineService) -> "tuple[Analysis, KafkaWriter]":

@@ -10,7 +10,6 @@ from typing import Final
 
 from engine.config import EngineConfig
 from engine.service import Engine
-from sluice.errors import SluiceError
 from sluice.telemetry import Event, Telemetry
 
 RELOADED: Final = Event(name="engine_reloaded", unit="reloads", help="Configurations of models taken over.")
@@ -49,6 +48,8 @@ class ModelReload:
                 working.result()
         finally:
             loop.remove_signal_handler(signal.SIGHUP)
+            # Not the default, which would end the process in the midst of what is still drained.
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
             working.cancel()
             stopping.cancel()
             await asyncio.gather(working, stopping, return_exceptions=True)
@@ -64,5 +65,5 @@ class ModelReload:
             try:
                 changed = await self._engine.reload(self._read())
                 self._telemetry.emit(RELOADED, models=changed)
-            except SluiceError as error:
-                self._telemetry.emit(NOT_RELOADED, detail=str(error))
+            except Exception as error:  # noqa: BLE001 - whatever a device or a model raises, the old ones go on
+                self._telemetry.emit(NOT_RELOADED, detail=str(error) or repr(error))

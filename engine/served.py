@@ -19,9 +19,10 @@ from engine.config import EngineConfig
 from engine.failures import EngineStopped
 from engine.fleet import DeviceEvent, DeviceStats, Recovery
 from engine.loading import Loaded
+from engine.models import locate, read_card
 from engine.runner import Report, Runner
 from engine.session import Session
-from sluice.errors import Retryable
+from sluice.errors import Retryable, SluiceError
 
 Load = Callable[[EngineConfig], Loaded]
 
@@ -41,6 +42,13 @@ class Listener:
     damaged: Callable[[str], None]
     failed: Callable[[Exception], None]
     device: Callable[[DeviceEvent], None]
+
+
+def files_version(config: EngineConfig) -> str:
+    """Of the model's files as they are now; empty when they cannot be read."""
+    with suppress(SluiceError):
+        return read_card(config.model, locate(config.model, allow_download=False)).version
+    return ""
 
 
 class ServedModel:
@@ -67,6 +75,7 @@ class ServedModel:
         self._idle = asyncio.Event()
         self._idle.set()
         self._closed = False
+        self._closing: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Loads, measures and warms up; ready afterwards.
@@ -110,6 +119,11 @@ class ServedModel:
         return self._session.loaded.info.embedding_width if self._session else 0
 
     @property
+    def files_version(self) -> str:
+        """Of the model's files when they were read; empty before it is open."""
+        return self._session.loaded.card.version if self._session else ""
+
+    @property
     def figures(self) -> tuple[int, float, int]:
         """Tokens waiting, seconds that the device was busy, texts coalesced; zeros before it is open."""
         if self._session is None:
@@ -148,11 +162,14 @@ class ServedModel:
         await self.close(why)
 
     async def close(self, why: str) -> None:
-        """Stops at once; calls under way get errors. Idempotent, and allowed before `open`."""
+        """Stops at once; calls under way get errors. Idempotent, also for several at once; allowed before `open`."""
         self.refusing = self.refusing or why
-        if self._closed:
-            return
         self._closed = True
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         if self._session is not None:
             self._session.runner.stop()
         if self._thread.ident is not None:
@@ -188,6 +205,7 @@ class ServedModel:
     def _opened(self, loaded: Loaded, runner: Runner) -> None:
         if self._closed or self._started.done():
             runner.stop()
+            self._not_opened(EngineStopped(self.refusing))
             return
         try:
             self._session = Session(self.config, loaded, runner, self._host, time.monotonic, self._listener.damaged)

@@ -33,12 +33,13 @@ from typing import Final
 
 from engine.analysis import Analysis, failures
 from engine.config import DEFAULT_NAME, EngineConfig
+from engine.failures import EngineStopped
 from engine.fleet import DeviceEvent
 from engine.generation import Generator
 from engine.lane import Priority
 from engine.loading import load
 from engine.runner import Report
-from engine.served import Listener, Load, ServedModel
+from engine.served import Listener, Load, ServedModel, files_version
 from engine.stats import CACHE_DAMAGED, LOADED, REFUSED, EngineCounters, EngineStats
 from sluice.errors import Backpressure, Permanent, Retryable
 from sluice.telemetry import Event, Telemetry
@@ -68,6 +69,9 @@ class Engine:
         config: the engine's section.
         telemetry: of the process; one engine per Telemetry, since metrics are registered once.
         loader: opens a model; tests pass one with a backend of theirs.
+
+    Attributes:
+        opened: set when all models could be called for the first time.
     """
 
     def __init__(self, config: EngineConfig, telemetry: Telemetry, loader: Load = load) -> None:
@@ -77,18 +81,20 @@ class Engine:
         self._counters = EngineCounters(telemetry)
         self._host = ThreadPoolExecutor(1, thread_name_prefix="engine-host")
         self._models: dict[str, ServedModel] = {}
-        self._retired: set[ServedModel] = set()
+        self._alive: set[ServedModel] = set()  # those above, and those that are opened or retired
         self._generator: Generator | None = None
         self._generating = _of_generation(config)
         self._swapping = asyncio.Lock()
         self._listener = Listener(self._batch, self._damaged, self._failed, self._device)
         self._past = (0.0, 0)  # busy seconds and coalesced texts of models that are gone
         self._closed = ""
+        self.opened = asyncio.Event()
 
     @property
     def model(self) -> str:
         """The default model, as configured."""
-        return self._config.model
+        served = self._models.get(DEFAULT_NAME)
+        return served.config.model if served else self._config.model
 
     @property
     def model_version(self) -> str:
@@ -133,15 +139,20 @@ class Engine:
             Permanent: a model is not there or damaged.
             ConfigError: device or labels are wrong.
         """
-        assert not self._models, "start is called once"
-        if self._closed:
-            return
-        for name in self._config.names:
-            # One after another: they are measured while they load, and must not disturb each other.
-            served = self._models[name] = self._served(self._config.of(name))
-            await served.open()
-            self._say_loaded(served)
-        await self._replace_generator(self._config)
+        async with self._swapping:
+            assert not self._models, "start is called once"
+            for name in self._config.names:
+                if self._closed:
+                    return
+                # One after another: they are measured while they load, and must not disturb each other.
+                served = self._models[name] = self._served(self._config.of(name))
+                try:
+                    await served.open()
+                except EngineStopped:
+                    return  # drained while it was loaded: nobody calls it any more
+                self._say_loaded(served)
+            await self._replace_generator(self._config)
+            self._say_ready()
 
     def plan(self, model: str = DEFAULT_NAME) -> dict[str, str]:
         """What was chosen for a model at start-up, each with its reason."""
@@ -208,14 +219,15 @@ class Engine:
         """
         async with self._swapping:
             self._require_open()
-            if name not in self._models:
+            served = self._models.get(name)
+            if served is None:
                 raise Permanent(f"there is no model '{name}'; there are {', '.join(self._models)}")
-            return await self._replace(name, self._config.with_model(name, model))
+            return await self._replace(name, served.config.with_model(DEFAULT_NAME, model))
 
     async def reload(self, config: EngineConfig) -> list[str]:
         """Takes over a changed section: replaces the models that are configured otherwise now, opens and closes others.
 
-        Returns the names that changed.
+        A model whose files have changed, or whose compute thread died, is replaced too. Returns the names that changed.
 
         Raises:
             Permanent: a model cannot be loaded or take over; those before it in the section were taken over.
@@ -224,9 +236,8 @@ class Engine:
             self._require_open()
             changed = []
             for name in config.names:
-                served = self._models.get(name)
-                if served is None or served.config != config.of(name):
-                    await self._replace(name, config)
+                if await self._is_other(self._models.get(name), config.of(name)):
+                    await self._replace(name, config.of(name))
                     changed.append(name)
             for name in [name for name in self._models if name not in config.names]:
                 await self._retire(self._models.pop(name))
@@ -235,12 +246,22 @@ class Engine:
                 await self._replace_generator(config)
                 changed.append("generation")
             self._config = config
+            self._say_ready()
             return changed
 
+    async def _is_other(self, served: ServedModel | None, config: EngineConfig) -> bool:
+        """Whether a model must be opened anew to be as `config` has it."""
+        if served is None or served.refusing or served.config != config:
+            return True
+        if self._load is not load:
+            return False
+        version = await asyncio.to_thread(files_version, config)
+        return bool(version) and version != served.files_version
+
     async def _replace(self, name: str, config: EngineConfig) -> str:
-        """Opens a model as `config` has it, in the place of the one that has its name now, if any."""
+        """Opens a model as `config` has it for this one, in the place of the one that has its name now, if any."""
         old = self._models.get(name)
-        new = self._served(config.of(name))
+        new = self._served(config)
         try:
             await new.open()
             self._require_open()  # it may have been closed while this one was loaded
@@ -248,8 +269,9 @@ class Engine:
                 _require_tasks(old, new)
         except BaseException:
             await new.close("it was not taken into use")
+            self._alive.discard(new)
             raise
-        self._config, self._models[name] = config, new
+        self._models[name] = new
         self._say_loaded(new)
         self._telemetry.emit(SWAPPED, model=name, version=new.version, before=old.version if old else "")
         if old is not None:
@@ -275,9 +297,8 @@ class Engine:
             await old.drain(self._config.swap_drain_s)
 
     async def _retire(self, old: ServedModel) -> None:
-        self._retired.add(old)
         await old.retire(self._config.swap_drain_s, "the model was replaced")
-        self._retired.discard(old)
+        self._alive.discard(old)
         _, busy_s, coalesced = old.figures
         self._past = (self._past[0] + busy_s, self._past[1] + coalesced)
 
@@ -287,7 +308,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """All figures since the start, over all models."""
-        figures = [served.figures for served in (*self._models.values(), *self._retired)]
+        figures = [served.figures for served in self._alive]
         queued = sum(each[0] for each in figures)
         busy_s = self._past[0] + sum(each[1] for each in figures)
         coalesced = self._past[1] + sum(each[2] for each in figures)
@@ -304,7 +325,7 @@ class Engine:
 
     async def _end(self, deadline_s: float, why: str) -> None:
         self._closed = self._closed or why
-        everything = (*self._models.values(), *self._retired)
+        everything = tuple(self._alive)
         for served in everything:
             served.refusing = served.refusing or why
         generator = [self._generator.drain(deadline_s)] if self._generator else []
@@ -327,7 +348,9 @@ class Engine:
         return served.version if served else ""
 
     def _served(self, config: EngineConfig) -> ServedModel:
-        return ServedModel(config, self._load, self._host, self._listener)
+        served = ServedModel(config, self._load, self._host, self._listener)
+        self._alive.add(served)
+        return served
 
     def _batch(self, report: Report) -> None:
         self._counters.batch(report, sum(served.figures[0] for served in self._models.values()))
@@ -341,6 +364,10 @@ class Engine:
 
     def _failed(self, error: Exception) -> None:
         self._telemetry.emit(FAILED, detail=repr(error))
+
+    def _say_ready(self) -> None:
+        if self.ready:
+            self.opened.set()
 
     def _say_loaded(self, served: ServedModel) -> None:
         self._telemetry.emit(LOADED, model=served.config.model, version=served.version, plan=served.plan())

@@ -65,5 +65,5 @@ class SiteEngine:
             await self._engine.start()
         except SluiceError as error:
             self._telemetry.emit(NOT_STARTED, detail=str(error))
-            return
+            await self._engine.opened.wait()  # by a SIGHUP, with another model
         await self._analysis.run()
