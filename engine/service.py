@@ -374,7 +374,9 @@ class Engine:
 
 
 def _of_generation(config: EngineConfig) -> tuple[object, ...]:
-    """What decides how text is generated."""
+    """What decides how text is generated; nothing when none is."""
+    if not config.generation.model:
+        return ()
     return config.generation, config.device, config.precision, config.threads, config.text_bytes_max
 
 
