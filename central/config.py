@@ -120,6 +120,20 @@ class CentralConfig(Section, frozen=True, kw_only=True):
         """Checks what single fields cannot."""
         if "feed" in self.roles:
             check_feed(self.feed)
+        if "analysis" in self.roles:
+            check_model(self.analysis, self.engine)
+
+
+def check_model(analysis: AnalysisConfig, engine: EngineConfig) -> None:
+    """Checks that the stream is analysed by a model that is configured.
+
+    Raises:
+        ConfigError: naming the keys and the models there are.
+    """
+    if analysis.model and analysis.model not in engine.names:
+        raise ConfigError(
+            f"analysis.model: '{analysis.model[:64]}' is none of engine.models; there are {', '.join(engine.names)}"
+        )
 
 
 def check_feed(feed: FeedConfig) -> None:

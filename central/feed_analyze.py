@@ -153,13 +153,9 @@ class AnalyzeStream:
         if analysis.error is not None:
             code = _CODE.get(analysis.reason, errors.CODE_INTERNAL)
             raise Refused(code, analysis.error, _RETRY_S if code == errors.CODE_OVERLOADED else 0.0)
-        result = to_result(analysis)
-        result.spans.extend(
-            feed_pb2.Span(start=span.start, end=span.end, label=span.label, score=span.score) for span in analysis.spans
-        )
         return feed_pb2.AnalyzeResponse(
             request_id=request.request_id,
-            result=result,
+            result=to_result(analysis),
             model=analysis.model,
             model_version=analysis.model_version,
         )
@@ -176,6 +172,7 @@ def to_result(analysis: "Analysis", sequence: int = 0, event_time_us: int = 0) -
         embedding=analysis.embedding or b"",
         token_count=analysis.token_count,
         truncated=analysis.truncated,
+        spans=[feed_pb2.Span(start=s.start, end=s.end, label=s.label, score=s.score) for s in analysis.spans],
     )
 
 

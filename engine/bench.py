@@ -215,10 +215,12 @@ async def _open_loop(
     latencies: list[float] = []
 
     async def one(text: str, due: float) -> None:
-        try:
-            await engine.analyze([text], priority=Priority.ONLINE)
-        except Backpressure as full:
-            await asyncio.sleep(full.retry_after_s)
+        while True:
+            try:
+                await engine.analyze([text], priority=Priority.ONLINE)
+                break
+            except Backpressure as full:
+                await asyncio.sleep(full.retry_after_s)
         # From when it was due, not from when it was sent: a late sender hides what it is late by.
         latencies.append(time.perf_counter() - due)
 

@@ -188,6 +188,10 @@ class EngineConfig(Section, frozen=True):
         float,
         msgspec.Meta(gt=0, description="After so long without any device, in seconds, waiting texts get an error."),
     ] = 60.0
+    memory_wait_s_max: Annotated[
+        float,
+        msgspec.Meta(ge=0, description="Time that a batch waits for memory that something else holds, in seconds."),
+    ] = 3.0
     backend: Annotated[
         Literal["auto", "torch", "openvino"],
         msgspec.Meta(

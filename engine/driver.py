@@ -2,8 +2,8 @@
 
 Invariants: whatever it took is reported or given back exactly once; a batch that fails is split until the text
 that fails is alone, so that it fails alone; out of memory first gives back what the allocator holds, lowers this
-device's limit, and splits. When the device dies, what was under way goes back to the queue, and the device is
-opened anew after growing pauses.
+device's limit, and splits; what does not fit alone either waits for memory, for a bounded time. When the device
+dies, what was under way goes back to the queue, and the device is opened anew after growing pauses.
 """
 
 from collections import deque
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 # Asking a device for its memory may cost a round trip: every so many batches.
 MEMORY_EVERY: Final = 64
+# Of the pauses for memory; each is twice the one before, up to the longest.
+MEMORY_PAUSE_S_FIRST: Final = 0.05
+MEMORY_PAUSE_S_MAX: Final = 1.0
 
 
 @dataclass(slots=True)
@@ -43,6 +46,7 @@ class Report:
         padded_tokens: tokens computed.
         seconds: device time.
         splits: times a batch was split after a failure.
+        waited_s: for memory.
         device: that ran it.
     """
 
@@ -54,6 +58,7 @@ class Report:
     padded_tokens: int = 0
     seconds: float = 0.0
     splits: int = 0
+    waited_s: float = 0.0
     device: str = ""
 
 
@@ -109,13 +114,22 @@ class Driver:
         source: of jobs.
         backoff: between attempts to bring the device back.
         clock: monotonic seconds.
+        memory_wait_s_max: time that a batch waits for memory, in all.
     """
 
-    def __init__(self, device: Device, source: Source, backoff: Backoff, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        device: Device,
+        source: Source,
+        backoff: Backoff,
+        clock: Callable[[], float],
+        memory_wait_s_max: float = 0.0,
+    ) -> None:
         self._device = device
         self._source = source
         self._backoff = backoff
         self._clock = clock
+        self._memory_wait_s_max = memory_wait_s_max
         self._under_way: deque[Job] = deque()
         self._last_end_s = 0.0
 
@@ -222,7 +236,7 @@ class Driver:
     def _recover(self, job: Job, error: Exception, report: Report) -> None:
         no_memory = isinstance(error, DeviceOutOfMemory)
         if no_memory:
-            self._device.backend.empty_cache()
+            self._empty_cache()
             self._device.admission.failed(self._computed(job))
         if len(job.items) == 1:
             if no_memory and self._retry_alone(job, report):
@@ -238,17 +252,39 @@ class Driver:
             self._start(half)
             self._collect(half, report)
 
-    def _retry_alone(self, job: Job, report: Report) -> bool:
-        """A single text that did not fit is tried once more with the allocator's cache emptied."""
+    def _empty_cache(self) -> None:
         try:
-            (row,) = self._device.backend.collect(self._device.backend.submit(job.rows, job.length))
+            self._device.backend.empty_cache()
         except DeviceLost:
             raise
-        except Exception:  # noqa: BLE001 - the first error is reported
-            return False
-        report.outputs[job.items[0].id] = row
-        report.padded_tokens += self._computed(job)
-        return True
+        except Exception as error:
+            # A device that cannot even do this computes nothing any more.
+            raise DeviceLost(f"its memory could not be given back: {type(error).__name__}: {error}") from error
+
+    def _retry_alone(self, job: Job, report: Report) -> bool:
+        """A single text that did not fit is tried again: at once, then while the batch has time left to wait.
+
+        What is short may be in the hands of another process, for a moment; then nothing fits, however small.
+        """
+        pause_s = MEMORY_PAUSE_S_FIRST
+        while True:
+            try:
+                (row,) = self._device.backend.collect(self._device.backend.submit(job.rows, job.length))
+            except DeviceLost:
+                raise
+            except DeviceOutOfMemory:
+                pause_s = min(pause_s, MEMORY_PAUSE_S_MAX, self._memory_wait_s_max - report.waited_s)
+                if pause_s <= 0 or not self._source.pause(pause_s):
+                    return False
+                report.waited_s += pause_s
+                pause_s *= 2
+                self._empty_cache()
+            except Exception:  # noqa: BLE001 - the first error is reported
+                return False
+            else:
+                report.outputs[job.items[0].id] = row
+                report.padded_tokens += self._computed(job)
+                return True
 
     def _watch(self) -> None:
         if isinstance(self._device.backend, Mortal):

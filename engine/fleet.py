@@ -108,22 +108,29 @@ class DeviceStats:
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """How a device that died is brought back.
+    """How a device that died is brought back, and how long one waits for memory.
 
     Attributes:
         first_s: the longest first pause before it is opened anew.
         max_s: the longest pause.
         gone_s_max: without any device for this long, what waits gets an error and calls are refused, until one is back.
+        memory_wait_s_max: a batch, some text of which does not fit even alone, waits for memory this long in all.
     """
 
     first_s: float = 0.2
     max_s: float = 30.0
     gone_s_max: float = 60.0
+    memory_wait_s_max: float = 3.0
 
     @classmethod
     def of(cls, config: EngineConfig) -> "Recovery":
         """As configured."""
-        return cls(config.worker_restart_s_first, config.worker_restart_s_max, config.worker_gone_s_max)
+        return cls(
+            config.worker_restart_s_first,
+            config.worker_restart_s_max,
+            config.worker_gone_s_max,
+            config.memory_wait_s_max,
+        )
 
 
 EventKind = Literal["lost", "not_restored", "restored", "down", "up"]

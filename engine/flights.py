@@ -7,15 +7,22 @@ only.
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from engine.failures import DeadlinePassed
 from engine.lane import Item, Priority
 from engine.prepare import Prepared
 from engine.results import Output
 from engine.runner import Report, Runner
+from sluice.errors import Backpressure, Retryable
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 NO_DEADLINE: Final = float("inf")
 
@@ -47,10 +54,21 @@ class Call:
             await self._done.wait()
 
 
+@dataclass(slots=True, eq=False)
+class Place:
+    """A place in the line of those who wait for room.
+
+    Attributes:
+        retry_after_s: when there may be room for it.
+    """
+
+    retry_after_s: float
+
+
 @dataclass(slots=True)
 class _Flight:
     key: bytes
-    tokens: int
+    ids: "npt.NDArray[np.int32]"
     dropped: int
     cache: bool
     priority: Priority
@@ -71,6 +89,8 @@ class Flights:
         self._by_id: dict[int, _Flight] = {}
         self._by_key: dict[bytes, int] = {}
         self._settled = asyncio.Event()
+        # Who waits for room, in the order of arrival: one chunk per call that was accepted.
+        self._lines: dict[Priority, deque[Place]] = {priority: deque() for priority in Priority}
         self.coalesced = 0
 
     def __len__(self) -> int:
@@ -85,8 +105,9 @@ class Flights:
         priority: Priority,
         deadline_s: float,
         cache: bool,
+        place: Place | None = None,
     ) -> None:
-        """Puts texts under way, all or none.
+        """Puts texts under way, all or none. Nobody overtakes who waits in the line of the same priority.
 
         Args:
             call: who waits.
@@ -95,22 +116,25 @@ class Flights:
             priority: of the call.
             deadline_s: on the runner's clock.
             cache: whether the result may be remembered.
+            place: of the caller in the line, if it has one.
 
         Raises:
-            Backpressure: the queue is full; nothing was put under way.
+            Backpressure: the queue is full, or others wait for room already; nothing was put under way.
         """
         new: dict[bytes, tuple[Item, Prepared]] = {}
         for _, text in wanted:
             if text.key not in self._by_key and text.key not in new:
-                assert text.ids is not None
+                assert text.ids is not None, "neither known nor tokenised"
                 item = Item(next(self._ids), len(text.ids), priority, now_s, deadline_s)
                 new[text.key] = (item, text)
         if new:
+            self._wait_in_line(priority, place)
             rows = [text.ids for _, text in new.values() if text.ids is not None]
             self._runner.add([item for item, _ in new.values()], rows)
         for key, (item, text) in new.items():
             self._by_key[key] = item.id
-            self._by_id[item.id] = _Flight(key, item.tokens, text.dropped, cache, priority, deadline_s)
+            assert text.ids is not None
+            self._by_id[item.id] = _Flight(key, text.ids, text.dropped, cache, priority, deadline_s)
         self.coalesced += len(wanted) - len(new)
         for position, text in wanted:
             self._join(call, position, self._by_key[text.key], priority, deadline_s, cache=cache)
@@ -130,21 +154,31 @@ class Flights:
         if empty:
             self._wake()
 
-    def settle(self, report: Report) -> list[tuple[bytes, Output]]:
-        """Hands a batch's outcomes to who waits. Returns what may be remembered."""
+    def settle(self, report: Report, now_s: float) -> list[tuple[bytes, Output]]:
+        """Hands a batch's outcomes to who waits. Returns what may be remembered.
+
+        Args:
+            report: of the batch.
+            now_s: the runner's time.
+        """
         fresh = []
+        wrong = _not_finite(report)
         for flight_id, outcome in report.outputs.items():
             flight = self._forget(flight_id)
             if flight is None:
                 continue
-            result = outcome if isinstance(outcome, Exception) else Output(outcome, flight.tokens, flight.dropped)
+            result: Output | Exception
+            if isinstance(outcome, Exception):
+                result = outcome
+            elif flight_id in wrong:
+                result = Retryable("the device's output for it is not finite (NaN or infinity)")
+            else:
+                result = Output(outcome, len(flight.ids), flight.dropped)
             if flight.cache and isinstance(result, Output):
                 fresh.append((flight.key, result))
             _deliver(flight, result)
         for flight_id in report.expired:
-            flight = self._forget(flight_id)
-            if flight is not None:
-                _deliver(flight, DeadlinePassed("its deadline passed while it waited"))
+            self._expired(flight_id, now_s)
         self._wake()
         return fresh
 
@@ -155,6 +189,17 @@ class Flights:
             if flight is not None:
                 _deliver(flight, error)
         self._wake()
+
+    @contextmanager
+    def line(self, priority: Priority, retry_after_s: float) -> Iterator[Place]:
+        """The last place in the line of a priority."""
+        place = Place(retry_after_s)
+        self._lines[priority].append(place)
+        try:
+            yield place
+        finally:
+            self._lines[priority].remove(place)
+            self._wake()
 
     async def room(self, seconds_max: float) -> None:
         """Until something was settled, at most `seconds_max` seconds."""
@@ -177,6 +222,32 @@ class Flights:
             flight.deadline_s = max(flight.deadline_s, deadline_s)
             self._runner.promote(flight_id, flight.priority, flight.deadline_s)
 
+    def _expired(self, flight_id: int, now_s: float) -> None:
+        """Its deadline passed; unless a later one was set while it was on a device: then it goes once more.
+
+        Only what came back from a device that died can have an older deadline than its flight, so it runs alone.
+        """
+        flight = self._by_id.get(flight_id)
+        error: Exception = DeadlinePassed("its deadline passed while it waited")
+        if flight is not None and flight.waiters and flight.deadline_s > now_s:
+            item = Item(flight_id, len(flight.ids), flight.priority, now_s, flight.deadline_s, alone=True)
+            try:
+                self._runner.add([item], [flight.ids])
+            except (Retryable, Backpressure) as refused:
+                error = Retryable(f"its device died, and it could not be run once more: {refused}")
+            else:
+                return
+        if self._forget(flight_id) is not None and flight is not None:
+            _deliver(flight, error)
+
+    def _wait_in_line(self, priority: Priority, place: Place | None) -> None:
+        line = self._lines[priority]
+        if line and line[0] is not place:
+            raise Backpressure(
+                "inference queue is full: an earlier call waits for room in it (engine.queue_tokens_max)",
+                retry_after_s=line[0].retry_after_s,
+            )
+
     def _forget(self, flight_id: int) -> _Flight | None:
         flight = self._by_id.pop(flight_id, None)
         if flight is not None:
@@ -191,3 +262,13 @@ class Flights:
 def _deliver(flight: _Flight, outcome: Output | Exception) -> None:
     for call, position in flight.waiters:
         call.deliver(position, outcome)
+
+
+def _not_finite(report: Report) -> set[int]:
+    """Whose output rows hold a NaN or an infinity; one look at the whole batch, nearly always."""
+    import numpy as np
+
+    rows = {flight_id: row for flight_id, row in report.outputs.items() if not isinstance(row, Exception)}
+    if not rows or np.isfinite(np.concatenate([row.ravel() for row in rows.values()])).all():
+        return set()
+    return {flight_id for flight_id, row in rows.items() if not np.isfinite(row).all()}

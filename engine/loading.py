@@ -1,9 +1,11 @@
 """Opens everything that an engine needs, and notes what was chosen and why."""
 
 import ctypes
+import hashlib
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -15,6 +17,7 @@ from engine.calibrate import measure_devices
 from engine.config import EngineConfig
 from engine.devices import Opened, open_devices
 from engine.fleet import Device
+from engine.labels import DEFAULT_LABELS
 from engine.models import ModelCard
 from engine.scheduler import Limits, Scheduler
 from engine.tasks import Task
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 # Descriptions of labels are embedded in batches of this size.
 _EMBED_ROWS: Final = 32
+# The default of engine.span_aggregation: it leaves no mark in the version.
+_AGGREGATION: Final = "simple"
 
 
 @dataclass(slots=True)
@@ -40,6 +45,8 @@ class Loaded:
         scheduler: the queue that the devices share.
         tasks: that the model offers.
         reasons: what was chosen, and why.
+        pooling: the effective one where it is not the model's own; else empty.
+        reading: digest of what decides how outputs are read, where it is not the default; else empty.
     """
 
     card: ModelCard
@@ -49,6 +56,8 @@ class Loaded:
     scheduler: Scheduler
     tasks: dict[str, Task]
     reasons: dict[str, str]
+    pooling: str = ""
+    reading: str = ""
 
     @property
     def info(self) -> BackendInfo:
@@ -61,13 +70,21 @@ class Loaded:
             device.backend.close()
 
     @property
+    def output_version(self) -> str:
+        """What decides which raw output a text gets: what the result cache goes by.
+
+        The model's content (12 digits), its longest input, and the pooling where it is not the model's own.
+        """
+        return "-".join(filter(None, (self.card.version, str(self.info.length_max), self.pooling)))
+
+    @property
     def version(self) -> str:
-        """The model's content (12 digits) and its longest input: what decides which result a text gets.
+        """What decides which result a text gets: `output_version`, then `reading` where it is not the default.
 
         Not the precision: `auto` measures it, so it may differ from one start to the next, and a record that is
         analysed again must not look like a new result to the lake. Precisions agree within the tested tolerance.
         """
-        return f"{self.card.version}-{self.info.length_max}"
+        return "-".join(filter(None, (self.output_version, self.reading)))
 
 
 def load(config: EngineConfig) -> Loaded:
@@ -123,7 +140,25 @@ def _prepare(config: EngineConfig, card: ModelCard, opened: Sequence[Opened], re
         )
     scheduler = Scheduler(ladder, limits, devices[0].costs.model)
     _return_memory()
-    return Loaded(card, devices, tokenizer, ladder, scheduler, offered, reasons)
+    pooling, reading = _pooling(config, card), _reading(config, offered)
+    return Loaded(card, devices, tokenizer, ladder, scheduler, offered, reasons, pooling, reading)
+
+
+def _pooling(config: EngineConfig, card: ModelCard) -> str:
+    """The configured pooling where it changes what the model's own would give; else empty."""
+    pooled = card.kind in {"embedding", "classification"}
+    return config.pooling if pooled and config.pooling not in {"auto", card.pooling} else ""
+
+
+def _reading(config: EngineConfig, offered: Mapping[str, Task]) -> str:
+    """8 hexadecimal digits over labels or aggregation, when a task reads by them and they are not the defaults."""
+    if isinstance(offered.get("tokens"), tasks.TokenClassifier) and config.span_aggregation != _AGGREGATION:
+        decides: object = config.span_aggregation
+    elif isinstance(offered.get("classify"), tasks.ZeroShotClassifier) and config.labels != DEFAULT_LABELS:
+        decides = sorted((name, list(descriptions)) for name, descriptions in config.labels.items())
+    else:
+        return ""
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]
 
 
 def embed(backend: Backend, tokenizer: Tokenizer, texts: Sequence[str], bytes_max: int) -> "npt.NDArray[np.float32]":

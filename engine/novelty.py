@@ -49,7 +49,8 @@ class Novelty:
 
         Args:
             stream: whose texts they are.
-            rows: normalised vectors (what lies behind the embedding in a row is ignored).
+            rows: normalised vectors (what lies behind the embedding in a row is ignored). One that is not finite
+                scores 0 and is not learnt: it would blind the stream.
         """
         import numpy as np
 
@@ -61,7 +62,8 @@ class Novelty:
         self._streams.move_to_end(stream)
         if len(self._streams) > self._config.streams_max:
             self._streams.popitem(last=False)
-        return [known.score(row) for row in np.stack(rows)[:, : self._width].astype(np.float32)]
+        vectors = np.stack(rows)[:, : self._width].astype(np.float32)
+        return [known.score(vector) if np.isfinite(vector).all() else 0.0 for vector in vectors]
 
 
 class _Stream:

@@ -58,7 +58,7 @@ class Preparer:
 
     Args:
         tokenizer: of the model.
-        model_key: whatever else a result depends on (model version, precision, pooling).
+        model_key: whatever else an output depends on (`Loaded.output_version`).
         text_bytes_max: longer texts are refused.
         config: of the caches.
         on_damage: told when a cache turns out to be damaged.

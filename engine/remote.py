@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine import wire
@@ -62,8 +62,9 @@ class RemoteBackend:
         self._spec = spec
         self._child = _Child()
         self._closed = False
+        self._tickets = count()
         try:
-            self._channel.send(wire.Open(spec.opener, spec.arguments, list(spec.cpus)))
+            self._channel.send(wire.Open(spec.opener, spec.arguments, list(spec.cpus)), seconds_max=spec.start_s_max)
             ready = self._ask(None, wire.Ready, spec.start_s_max)
         except DeviceLost as lost:
             self.close()
@@ -96,15 +97,17 @@ class RemoteBackend:
     def submit(self, rows: "Rows", length: int) -> object:
         """See `Backend`."""
         assert not self._closed, "the backend is closed"
+        ticket = next(self._tickets)
         try:
-            self._channel.send(wire.Submit([len(row) for row in rows], length), rows)
+            self._channel.send(wire.Submit(ticket, [len(row) for row in rows], length), rows, self._spec.answer_s_max)
         except OSError as error:
             raise self._lost(error) from error
-        return None
+        return ticket
 
     def collect(self, ticket: object) -> "Outputs":
         """See `Backend`."""
-        outputs, arrays = self._answer(wire.Collect(), wire.Outputs, self._spec.answer_s_max)
+        assert isinstance(ticket, int)
+        outputs, arrays = self._answer(wire.Collect(ticket), wire.Outputs, self._spec.answer_s_max)
         return wire.split(arrays, outputs.shapes, outputs.dtype)
 
     def memory(self) -> DeviceMemory:
@@ -121,7 +124,7 @@ class RemoteBackend:
             return
         self._closed = True
         with suppress(OSError):  # it is gone already
-            self._channel.send(wire.Close())
+            self._channel.send(wire.Close(), seconds_max=self._spec.close_s_max)
         self._channel.close()
         self._child.end(self._spec.close_s_max)
 
@@ -143,11 +146,13 @@ class RemoteBackend:
         """
         try:
             if request is not None:
-                self._channel.send(request)
+                self._channel.send(request, seconds_max=seconds_max)
             answer, arrays = self._channel.answer(seconds_max)
         except (EOFError, OSError, ValueError) as error:  # also of msgspec: a ValueError
             raise self._lost(error) from error
         if isinstance(answer, wire.Failed):
+            if answer.kind == "lost":
+                self._child.kill()  # it ends by itself, unless its dead device keeps it
             raise _raised(answer)
         if not isinstance(answer, kind):
             raise self._lost(ValueError(f"{type(answer).__name__} where {kind.__name__} was due"))
@@ -166,7 +171,7 @@ class _Child:
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
-        self.channel = wire.Channel(Connection(ours.detach()))
+        self.channel = wire.Channel(ours)
         self.ended = threading.Event()
         self._theirs = theirs
         self._started = threading.Event()
@@ -240,6 +245,7 @@ def _raised(failed: wire.Failed) -> Exception:
     """The error that the backend raised there."""
     kinds: dict[str, Callable[[str], Exception]] = {
         "memory": DeviceOutOfMemory,
+        "lost": DeviceLost,
         "config": ConfigError,
         "permanent": Permanent,
         "retryable": Retryable,

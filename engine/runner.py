@@ -145,7 +145,7 @@ class Runner:
     def _drive(self, device: Device) -> None:
         backoff = Backoff(self._recovery.first_s, self._recovery.max_s)
         try:
-            Driver(device, self, backoff, self._clock).run()
+            Driver(device, self, backoff, self._clock, self._recovery.memory_wait_s_max).run()
         except BaseException as error:  # noqa: BLE001 - `run` raises it, whichever thread it was
             self._crash = self._crash or error
             self.stop()

@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 from engine.analysis import Analysis, Reading
 from engine.config import EngineConfig
 from engine.failures import BadText, DeadlinePassed
-from engine.flights import NO_DEADLINE, Call, Flights
+from engine.flights import NO_DEADLINE, Call, Flights, Place
 from engine.lane import Priority
 from engine.loading import Loaded
 from engine.novelty import Novelty
@@ -63,7 +63,7 @@ class Session:
         loaded.reasons["tokenizer"] = reason_for(processes, config.tokenizer_processes)
         self._preparer = Preparer(
             loaded.tokenizer,
-            loaded.version.encode(),
+            loaded.output_version.encode(),
             config.text_bytes_max,
             config.caches,
             on_damage,
@@ -125,12 +125,17 @@ class Session:
     async def read(
         self, reading: Reading, outcomes: Sequence[Output | Exception | None], texts: Sequence[str]
     ) -> list[Analysis]:
-        """Reads the outcomes of a call's texts on the host thread."""
-        return await self._on_host(reading.read, outcomes, texts)
+        """Reads the outcomes of a call's texts on the host thread, chunk by chunk: others get their turn between."""
+        analyses: list[Analysis] = []
+        size = self._config.chunk_texts
+        for start in range(0, len(texts), size):
+            part = slice(start, start + size)
+            analyses += await self._on_host(reading.read, outcomes[part], texts[part])
+        return analyses
 
     def settle(self, report: Report) -> None:
         """A batch is done: on the event loop's thread."""
-        fresh = self.flights.settle(report)
+        fresh = self.flights.settle(report, self._clock())
         if fresh and len(self._remembering) < _REMEMBER_MAX:
             future = asyncio.ensure_future(self._on_host(self._preparer.remember, fresh))
             self._remembering.add(future)
@@ -149,17 +154,33 @@ class Session:
         for start in range(0, len(texts), size):
             prepared = await self._on_host(self._preparer.prepare, texts[start : start + size], stream)
             wanted = _deliver_known(call, start, prepared)
-            while wanted:
+            if not wanted:
+                continue
+
+            def board(place: Place | None = None, wanted: list[tuple[int, Prepared]] = wanted) -> None:
+                self.flights.board(
+                    call, wanted, now_s=self._clock(), priority=priority, deadline_s=until_s, cache=cache, place=place
+                )
+
+            try:
+                board()
+            except Backpressure as full:
+                # The first chunk decides whether the call is accepted; the others wait for room.
+                if not start:
+                    raise
+                await self._wait_for_room(board, priority, full.retry_after_s)
+
+    async def _wait_for_room(self, board: Callable[[Place], None], priority: Priority, retry_after_s: float) -> None:
+        """Tries whenever something was settled, in the order of arrival among those of its priority."""
+        with self.flights.line(priority, retry_after_s) as place:
+            while True:
+                await self.flights.room(place.retry_after_s)
                 try:
-                    self.flights.board(
-                        call, wanted, now_s=self._clock(), priority=priority, deadline_s=until_s, cache=cache
-                    )
-                    break
+                    board(place)
                 except Backpressure as full:
-                    # The first chunk decides whether the call is accepted; the others wait for room.
-                    if not start:
-                        raise
-                    await self.flights.room(full.retry_after_s)
+                    place.retry_after_s = full.retry_after_s
+                else:
+                    break
 
     def _remembered(self, future: "asyncio.Future[None]") -> None:
         self._remembering.discard(future)

@@ -297,8 +297,9 @@ def _exactly(connection: socket.socket, size: int) -> bytearray:
 
 def main() -> None:
     """A child: serves the socket that is its standard input."""
-    # Ctrl-C goes to the whole group; a child ends when its parent hangs up.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # These go to the whole group; a child ends when its parent hangs up.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=0) as connection, suppress(ConnectionError):
         serve(connection)
 

@@ -8,10 +8,14 @@ Shapes are fixed: length is the bucket's edge, rows are rounded up to a short la
 shape the kernels are captured once into a CUDA graph (bounded, least recently used first out), whose static
 inputs are filled from the slot on the compute stream: replays are ordered there, so one set of static
 buffers per graph is enough. A shape that cannot be captured runs eagerly for ever.
+
+Fails: `DeviceLost` when the context is dead (a device-side assertion, an illegal access), found by a probe after
+each error.
 """
 
 from bisect import bisect_left
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -19,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.backend import BackendInfo, DeviceMemory
+from engine.backend import BackendInfo, DeviceLost, DeviceMemory
 from engine.config import EngineConfig
 from engine.network import Network
 from engine.packing import cut
@@ -121,9 +125,9 @@ class CudaBackend:
         try:
             with torch.inference_mode(), translated_memory():
                 return self._enqueue(slot, rows, length)
-        except Exception:
-            # Copies of the failed batch may still read the slot's pinned buffers.
-            torch.cuda.synchronize(self._device)
+        except Exception as error:
+            # Also since copies of the failed batch may still read the slot's pinned buffers.
+            self._probe(error)
             raise
 
     def _enqueue(self, slot: _Slot, rows: "Rows", length: int) -> _Ticket:
@@ -162,8 +166,23 @@ class CudaBackend:
             # A copy: the pinned buffer belongs to the slot's next batch.
             outputs = np.array(ticket.output[: ticket.rows].numpy())
             return cut(outputs, ticket.slot.host_lengths.numpy()[: ticket.rows].tolist())
+        except Exception as error:
+            self._probe(error)
+            raise
         finally:
             ticket.slot.busy = False
+
+    def _probe(self, error: Exception) -> None:
+        """Waits for the device after an error: a context that is dead fails everything from then on, this too.
+
+        Raises:
+            DeviceLost: the context is dead; only a new process gets another one.
+        """
+        try:
+            torch.cuda.synchronize(self._device)
+        except RuntimeError as dead:
+            why = str(error).partition("\n")[0]
+            raise DeviceLost(f"the CUDA context is dead: {type(dead).__name__} after: {why}") from error
 
     def memory(self) -> DeviceMemory:
         """See `Backend`."""
@@ -188,7 +207,8 @@ class CudaBackend:
         if self._net is not None:
             self._net = None
             self._slots = []
-            self.empty_cache()
+            with suppress(RuntimeError):  # the context is dead, and its memory goes with the process
+                self.empty_cache()
 
     def _padded_rows(self, rows: int) -> int:
         if not self._graphs_max:

@@ -1,19 +1,24 @@
 """What a worker process and its parent say to each other.
 
-A message is one frame of `multiprocessing.connection` (a length, then bytes; nothing is ever pickled):
+A message is one frame over a stream socket; nothing is ever pickled:
 
-    header length u32 little-endian | header, MessagePack, a tagged struct of this module | raw arrays
+    frame length u32 little-endian | header length u32 little-endian | header | raw arrays
+
+The header is MessagePack, a tagged struct of this module.
 
 The parent asks, in order; `Submit` is not answered, everything else is, so that a worker is driven exactly as a
 backend in the same process is. Rows of a batch are int32 ids one behind the other, outputs are one array after
 the other in the dtype that `Outputs` names.
 
-Fails: `EOFError` or `OSError` when the other side is gone; `ValueError` (`msgspec.DecodeError` too) for what is no
-message.
+Fails: `EOFError` or `OSError` when the other side is gone; `TimeoutError` (an `OSError` too) when it neither reads nor
+answers in time: the line cannot be used any more, since part of a frame may be under way; `ValueError`
+(`msgspec.DecodeError` too) for what is no message.
 """
 
+import socket
+import struct
+import time
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
 
 # A batch's outputs may be one vector per token: far above what any batch needs, far below what memory holds.
 FRAME_BYTES_MAX: Final = 1 << 30
+_LENGTH: Final = struct.Struct("<I")
 
 
 class Open(msgspec.Struct, frozen=True, tag=True):
@@ -38,14 +44,17 @@ class Open(msgspec.Struct, frozen=True, tag=True):
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
-    """Start a batch: the rows' lengths, and the length that they are padded to."""
+    """Start a batch: its number, the rows' lengths, and the length that they are padded to."""
 
+    ticket: int
     rows: list[int]
     length: int
 
 
 class Collect(msgspec.Struct, frozen=True, tag=True):
-    """Answer the oldest batch: `Outputs` or `Failed`."""
+    """Answer the batch of this number, once: `Outputs` or `Failed`."""
+
+    ticket: int
 
 
 class AskMemory(msgspec.Struct, frozen=True, tag=True):
@@ -70,7 +79,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """It did not work; `kind` says which error the parent raises."""
 
-    kind: Literal["memory", "config", "permanent", "retryable", "other"]
+    kind: Literal["memory", "lost", "config", "permanent", "retryable", "other"]
     text: str
 
 
@@ -99,47 +108,70 @@ class Channel:
     """One end of the line. Used by one thread at a time.
 
     Args:
-        connection: owned by this object.
+        end: a connected stream socket, owned by this object.
     """
 
-    def __init__(self, connection: "Connection[Any, Any]") -> None:
-        self._connection = connection
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
         self._requests = msgspec.msgpack.Decoder(Request)
         self._answers = msgspec.msgpack.Decoder(Answer)
 
-    def send(self, message: Request | Answer, arrays: "Sequence[Array]" = ()) -> None:
-        """Sends a message with arrays behind it; blocks while the other side does not read."""
+    def send(self, message: Request | Answer, arrays: "Sequence[Array]" = (), seconds_max: float | None = None) -> None:
+        """Sends a message with arrays behind it; blocks while the other side does not read, at most so long.
+
+        Raises:
+            TimeoutError: it was not read in time.
+        """
         header = msgspec.msgpack.encode(message)
-        parts = [len(header).to_bytes(4, "little"), header, *(array.tobytes() for array in arrays)]
-        self._connection.send_bytes(b"".join(parts))
+        parts = [_LENGTH.pack(len(header)), header, *(array.tobytes() for array in arrays)]
+        self._socket.settimeout(seconds_max)
+        try:
+            self._socket.sendall(b"".join([_LENGTH.pack(sum(map(len, parts))), *parts]))
+        except TimeoutError as error:
+            raise TimeoutError(f"not read within {seconds_max:g} s") from error
 
     def request(self) -> tuple[Request, memoryview]:
         """Waits for a request."""
-        header, arrays = self._receive()
+        header, arrays = self._receive(None)
         return self._requests.decode(header), arrays
 
     def answer(self, seconds_max: float) -> tuple[Answer, memoryview]:
         """Waits for an answer.
 
         Raises:
-            TimeoutError: there was none in time.
+            TimeoutError: it was not there, as a whole, in time.
         """
-        if not self._connection.poll(seconds_max):
-            raise TimeoutError(f"no answer within {seconds_max:g} s")
-        header, arrays = self._receive()
+        try:
+            header, arrays = self._receive(time.monotonic() + seconds_max)
+        except TimeoutError as error:
+            raise TimeoutError(f"no answer within {seconds_max:g} s") from error
         return self._answers.decode(header), arrays
 
     def close(self) -> None:
         """Closes this end. Idempotent."""
-        if not self._connection.closed:
-            self._connection.close()
+        self._socket.close()
 
-    def _receive(self) -> tuple[memoryview, memoryview]:
-        frame = memoryview(self._connection.recv_bytes(FRAME_BYTES_MAX))
-        end = 4 + int.from_bytes(frame[:4], "little")
+    def _receive(self, end_s: float | None) -> tuple[memoryview, memoryview]:
+        (size,) = _LENGTH.unpack(self._exactly(_LENGTH.size, end_s))
+        if size > FRAME_BYTES_MAX:
+            raise ValueError(f"a frame of {size} bytes")
+        frame = memoryview(self._exactly(size, end_s))
+        end = _LENGTH.size + int.from_bytes(frame[: _LENGTH.size], "little")
         if end > len(frame):
             raise ValueError("a frame that ends within its header")
-        return frame[4:end], frame[end:]
+        return frame[_LENGTH.size : end], frame[end:]
+
+    def _exactly(self, size: int, end_s: float | None) -> bytearray:
+        content = bytearray(size)
+        view = memoryview(content)
+        while view:
+            # Not 0 when time is up: that would mean not to wait at all, which is another error.
+            self._socket.settimeout(None if end_s is None else max(end_s - time.monotonic(), 1e-3))
+            got = self._socket.recv_into(view)
+            if not got:
+                raise EOFError("the other side hung up")
+            view = view[got:]
+        return content
 
 
 def split(arrays: memoryview, shapes: Sequence[Sequence[int]], dtype: str) -> "list[Array]":

@@ -1,26 +1,26 @@
 """A process that hosts one backend: `python -m engine.worker DESCRIPTOR PARENT_PID`, started by `engine.remote`.
 
 It does what its parent asks over the socket, in order, and nothing else. It ends when asked to, when the socket
-closes, and, by the kernel, when the parent dies. SIGINT and SIGTERM are ignored: they reach the whole group of
-processes, and the parent decides whether what is under way may still end.
+closes, and, by the kernel, when the parent dies. SIGINT, SIGTERM and SIGHUP are ignored: they reach the whole group
+of processes, and the parent decides whether what is under way may still end.
 
-Fails: what the backend raises is sent to the parent. Exit status 128: the parent is gone already.
+Fails: what the backend raises is sent to the parent; after `DeviceLost` the process ends. Exit status 128:
+the parent is gone already.
 """
 
 import os
 import signal
+import socket
 import sys
-from collections import deque
 from collections.abc import Callable
 from importlib import import_module
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from engine import wire
-from engine.backend import Backend, DeviceOutOfMemory
+from engine.backend import Backend, DeviceLost, DeviceOutOfMemory
 from engine.config import EngineConfig
 from sluice.errors import ConfigError, Permanent, SluiceError
 from sluice.parent import die_with_parent
@@ -65,14 +65,17 @@ def serve(channel: wire.Channel) -> None:
 
 
 def _answer(channel: wire.Channel, backend: Backend) -> None:
-    under_way: deque[object] = deque()
+    # By number: after a failure the parent asks for the parts of an older batch before a younger one.
+    under_way: dict[int, object] = {}
     while True:
         request, arrays = channel.request()
         match request:
             case wire.Submit():
-                under_way.append(_submit(backend, request, arrays))
+                under_way[request.ticket] = _submit(backend, request, arrays)
             case wire.Collect():
-                _collect(channel, backend, under_way.popleft())
+                unknown = ValueError(f"no batch {request.ticket} is under way")
+                if not _collect(channel, backend, under_way.pop(request.ticket, unknown)):
+                    return
             case wire.AskMemory():
                 channel.send(wire.Memory(backend.memory()))
             case wire.EmptyCache():
@@ -91,21 +94,24 @@ def _submit(backend: Backend, request: wire.Submit, arrays: memoryview) -> objec
         return error
 
 
-def _collect(channel: wire.Channel, backend: Backend, ticket: object) -> None:
-    if isinstance(ticket, Exception):
-        channel.send(_failed(ticket))
-        return
+def _collect(channel: wire.Channel, backend: Backend, ticket: object) -> bool:
+    """Answers a batch. False when the device is lost: another process may do what this one never will again."""
     try:
+        if isinstance(ticket, Exception):
+            raise ticket  # noqa: TRY301 - told as what `collect` raises is
         outputs = list(backend.collect(ticket))
     except Exception as error:  # noqa: BLE001 - as above
         channel.send(_failed(error))
-        return
+        return not isinstance(error, DeviceLost)
     channel.send(wire.Outputs([list(row.shape) for row in outputs], outputs[0].dtype.str), outputs)
+    return True
 
 
 def _failed(error: Exception) -> wire.Failed:
     if isinstance(error, DeviceOutOfMemory):
         return wire.Failed("memory", str(error))
+    if isinstance(error, DeviceLost):
+        return wire.Failed("lost", str(error))
     if isinstance(error, ConfigError):
         return wire.Failed("config", str(error))
     if isinstance(error, Permanent):
@@ -117,13 +123,13 @@ def _failed(error: Exception) -> wire.Failed:
 
 def main(arguments: list[str]) -> int:
     """Serves over the descriptor given; returns the exit status."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     descriptor, parent_pid = (int(each) for each in arguments)
     die_with_parent()
     if os.getppid() != parent_pid:
         return 128
-    channel = wire.Channel(Connection(descriptor))
+    channel = wire.Channel(socket.socket(fileno=descriptor))
     try:
         serve(channel)
     except (EOFError, OSError):

@@ -7,7 +7,7 @@ analysed before, and a dead uplink stops neither sealing nor analysis.
 
 Invariants:
   * A derived result carries the record's identity and the fields of `local.analysis.export_fields`; there is no code
-    here that could put a text, a label of the record or an embedding into one.
+    here that could put a text, a label of the record, an embedding or a span of a text into one.
   * A record has one result per model: results already written are found again after a crash.
 """
 

@@ -17,6 +17,7 @@ from central.config import AnalysisConfig
 from central.filters import compile_globs
 from central.offsets import OffsetTracker
 from engine.lane import Priority
+from engine.spans import Span
 from protos import feed_pb2
 from sluice.codec import Limits, encode
 from sluice.connections import KafkaConfig
@@ -262,3 +263,13 @@ def test_results_are_cut_into_messages_of_bounded_size() -> None:
     assert [r.sequence for b in batches for r in b.results] == [i for i in range(100) if i != 7]
     assert len(batches) > 5
     assert all(batch.ByteSize() < 1300 for batch in batches)
+
+
+def test_spans_of_a_text_are_in_its_result() -> None:
+    texts = read_texts(envelope(0, 1), Limits(), compile_globs("streams", ()))
+    assert texts is not None
+    spans = (Span(0, 3, "PER", 0.5), Span(8, 11, "LOC", 0.25))
+    said = {"task": "tokens", "created_time_us": 1, "bytes_max": 1000}
+    (batch,) = batches_of_results(texts, [feed_support.Analysis("PER", 0.5, spans=spans)], **said)
+    (result,) = feed_pb2.ResultBatch.FromString(batch.SerializeToString()).results
+    assert [Span(s.start, s.end, s.label, s.score) for s in result.spans] == list(spans)

@@ -199,6 +199,10 @@ def test_check_says_what_would_run_and_touches_nothing(tmp_path: Path) -> None:
         ("[feed]\nprot = 1", "feed.port"),
         ('roles = ["lak"]', "roles"),
         ('[feed]\nhost = "0.0.0.0"', "allow_insecure_remote"),
+        (
+            '[analysis]\nmodel = "pi"\n[engine.models.pii]\nmodel = "x"',
+            "'pi' is none of engine.models; there are default, pii",
+        ),
         ('[feed]\ntoken_key_file = "/absent/key"', "/absent/key"),
         ('[feed]\ncertificate_file = "/absent/c"\nkey_file = "/absent/k"', "/absent/c"),
     ],

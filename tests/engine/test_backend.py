@@ -1,14 +1,16 @@
 """One conformance suite for every backend: the fake device, PyTorch on the CPU and on CUDA, OpenVINO where it is."""
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from engine import backends, models
-from engine.backend import Backend
+from engine.backend import Backend, DeviceLost
 from engine.config import CacheConfig, EngineConfig
 from engine.remote import RemoteBackend
 from tests.engine.fakes import FakeBackend
@@ -109,6 +111,33 @@ def test_outputs_are_the_callers_for_good(backend: Backend) -> None:
     for _ in range(4):
         run(backend, rows(9, 9))
     assert all((row == copy).all() for row, copy in zip(first, kept, strict=True))
+
+
+@pytest.mark.parametrize(("alive", "raised"), [(True, RuntimeError), (False, DeviceLost)])
+def test_an_error_of_a_cuda_context_that_is_dead_is_a_lost_device(
+    alive: bool, raised: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from engine.torch_cuda import CudaBackend, _Slot, _Ticket
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr("torch.cuda.synchronize", (lambda _: None) if alive else fail)
+    slot = object.__new__(_Slot)  # neither can be made without a GPU
+    slot.busy, slot.fill, slot.done = False, fail, SimpleNamespace(synchronize=fail)  # type: ignore[assignment, method-assign]
+    backend = object.__new__(CudaBackend)
+    backend._device, backend._slots, backend._graphs_max = torch.device("cuda", 0), [slot], 0
+    with pytest.raises(raised, match="device-side assert"):
+        backend.submit(rows(3), 3)
+    with pytest.raises(raised, match="device-side assert"):
+        backend.collect(_Ticket(slot, torch.empty(0), 1))
+    backend._net = object()  # type: ignore[assignment]
+    backend._graphs = OrderedDict()
+    if not alive:
+        backend.close()
+        backend.close()
 
 
 def test_every_shape_runs_and_memory_is_told(backend: Backend) -> None:

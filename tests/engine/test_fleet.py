@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.backend import Backend, DeviceLost
+from engine.backend import Backend, DeviceLost, DeviceOutOfMemory
 from engine.fleet import Recovery
 from sluice.errors import Permanent, Retryable
 from tests.engine.fakes import FakeBackend
@@ -157,6 +157,37 @@ def test_nothing_waits_behind_a_device_that_is_slow() -> None:
         assert "slow" not in fleet.by_device
         gate.set()
         fleet.wait(300 + next(numbers) - 1000)
+
+
+class Worse(FakeBackend):
+    """Out of memory, and then not even its memory can be given back."""
+
+    def submit(self, rows: Sequence[Any], length: int) -> object:
+        raise DeviceOutOfMemory("full")
+
+    def empty_cache(self) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+
+def test_a_device_that_cannot_give_memory_back_is_replaced_and_ends_nothing_else() -> None:
+    fleet = Fleet([device("worse", Worse(), FakeBackend), device("well", FakeBackend())])
+    batch = rows(*range(1, 61))
+    with fleet.running():
+        fleet.add(batch)
+        fleet.wait(len(batch))
+    assert all(right(fleet.outcomes[i], row) for i, row in enumerate(batch))
+    assert fleet.died is None
+
+
+def test_a_lone_device_that_cannot_give_memory_back_is_opened_anew() -> None:
+    fleet = Fleet([device("worse", Worse(), FakeBackend)])
+    batch = rows(5, 6, 7)
+    with fleet.running():
+        fleet.add(batch)
+        fleet.wait(len(batch))
+    assert all(right(fleet.outcomes[i], row) for i, row in enumerate(batch))
+    assert fleet.kinds() == ["lost", "restored"]
+    assert "launch failure" in fleet.events[0].detail
 
 
 def test_short_memory_on_one_device_lowers_its_limit_only() -> None:

@@ -68,3 +68,11 @@ def test_use_is_rescaled_before_it_overflows() -> None:
     scores = novelty.read("s", usual(50))
     assert np.isfinite(novelty._streams["s"]._uses).all()
     assert max(scores[10:]) < 0.1
+
+
+def test_a_vector_that_is_no_number_is_ignored() -> None:
+    novelty = Novelty(NoveltyConfig(), WIDTH)
+    novelty.read("s", usual(300))
+    broken, odd = novelty.read("s", [np.full(WIDTH, np.nan, np.float32), BASIS[9]])
+    assert broken == 0.0
+    assert odd > 0.9

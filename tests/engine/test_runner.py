@@ -1,8 +1,9 @@
 """The runner on a device that fails at will."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ POISON = 999
 class Desk:
     """A runner over one or more devices, with its reports."""
 
-    def __init__(self, *backends: FakeBackend, budget: int = 256) -> None:
+    def __init__(self, *backends: FakeBackend, budget: int = 256, memory_wait_s_max: float = 1e-3) -> None:
         limits = Limits(budget, 64, 10_000, 0.25, (0.05, 0.25))
         ladder = Ladder(LADDER, backends[0].length_max)
         if backends[0].exact_lengths:
@@ -39,7 +40,7 @@ class Desk:
         ]
         self.reports: list[Report] = []
         self.events: list[DeviceEvent] = []
-        recovery = Recovery(first_s=1e-4, max_s=1e-3)
+        recovery = Recovery(first_s=1e-4, max_s=1e-3, memory_wait_s_max=memory_wait_s_max)
         self.runner = Runner(
             self.devices, Scheduler(ladder, limits, PRIOR), self._report, on_event=self.events.append, recovery=recovery
         )
@@ -124,7 +125,7 @@ def test_out_of_memory_never_loses_doubles_or_changes_a_text(
     batch = rows(*lengths)
     desk.run(batch)
     assert desk.outcomes.keys() == set(range(len(batch)))
-    # A text alone is tried twice: it may fail only if memory failed twice in a row.
+    # A text alone is tried at least twice: it may fail only if memory failed twice in a row.
     wrong = [i for i, row in enumerate(batch) if not right(desk.outcomes[i], row)]
     assert all(isinstance(desk.outcomes[i], Retryable) for i in wrong)
     assert len(wrong) <= devices * (len(failures) // 2)
@@ -187,6 +188,56 @@ def test_a_text_that_never_fits_fails_alone_with_a_message() -> None:
     assert right(desk.outcomes[0], batch[0])
     assert right(desk.outcomes[2], batch[2])
     assert "does not fit into the device's memory" in str(desk.outcomes[1])
+
+
+class Shared(FakeBackend):
+    """Has no memory at all for the first so many tries."""
+
+    short = 12
+
+    def submit(self, rows: Sequence[Any], length: int) -> object:
+        self.memory_tokens = 0 if self.submissions < self.short else 1 << 30
+        return super().submit(rows, length)
+
+
+def test_memory_that_something_else_holds_for_a_while_fails_no_text() -> None:
+    desk = Desk(Shared(), memory_wait_s_max=30.0)
+    desk.runner.pause = lambda seconds: not desk.runner.stopping  # type: ignore[method-assign] # no real waiting
+    batch = rows(*[10] * 200)
+    desk.run(batch)
+    assert all(right(desk.outcomes[i], row) for i, row in enumerate(batch))
+    assert sum(report.waited_s for report in desk.reports) > 0
+
+
+def test_waiting_for_memory_is_bounded_by_batch_and_pauses_grow() -> None:
+    desk = Desk(FakeBackend(memory_tokens=0), memory_wait_s_max=1.0)
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> bool:
+        pauses.append(seconds)
+        return True
+
+    desk.runner.pause = pause  # type: ignore[method-assign]
+    desk.run(rows(*[10] * 4))  # one batch
+    assert pauses == pytest.approx([0.05, 0.1, 0.2, 0.4, 0.25])
+    assert all("does not fit" in str(outcome) for outcome in desk.outcomes.values())
+    assert len(desk.outcomes) == 4
+
+
+def test_stopping_does_not_wait_for_memory() -> None:
+    desk = Desk(FakeBackend(memory_tokens=0), memory_wait_s_max=3600.0)
+    waiting = threading.Event()
+    pause = desk.runner.pause
+
+    def told(seconds: float) -> bool:
+        waiting.set()
+        return pause(600)
+
+    desk.runner.pause = told  # type: ignore[method-assign]
+    desk.runner.add([Item(0, 10, Priority.BACKGROUND, 0.0)], rows(10))
+    with desk.running():
+        assert waiting.wait(30)
+    assert isinstance(desk.outcomes[0], Retryable)
 
 
 def test_a_text_that_makes_the_device_fail_fails_alone() -> None:

@@ -117,6 +117,16 @@ def test_a_child_killed_while_it_works_costs_nothing(pool: TokenPool, tokenizer:
     assert pool.replaced == 1
 
 
+def test_signals_to_the_group_do_not_end_a_child(pool: TokenPool, tokenizer: Tokenizer) -> None:
+    texts = [f"text {i}" for i in range(200)]
+    for process in children(pool):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            process.send_signal(number)
+    assert same(pool.encode(texts), tokenizer.encode(texts))
+    assert pool.replaced == 0
+    assert pool.ready == 2
+
+
 def test_a_child_that_hangs_is_ended(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.token_pool.ANSWER_S_MAX", 2.0)
     pool = opened(tokenizer, processes=1)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from engine.devices import numa_nodes
 from engine.loading import Loaded, load
 from engine.remote import RemoteBackend, WorkerSpec, open_workers
 from sluice.errors import ConfigError, Permanent, Retryable
-from tests.engine.fleets import FAKE, caught_in_the_middle, kill, right, rows, spec, until
+from tests.engine.fleets import FAKE, Fleet, caught_in_the_middle, kill, right, rows, spec, until, workers
 
 
 @contextmanager
@@ -47,6 +47,27 @@ def test_errors_of_the_backend_arrive_as_what_they_are() -> None:
         assert backend.memory().peak == 10_000
         backend.empty_cache()
         assert backend.memory().peak == 0
+
+
+def test_each_batch_gets_its_own_outputs_in_whatever_order_they_are_asked_for() -> None:
+    with worker(depth=2) as backend:
+        batches = [rows(5, 3), [np.array([7, 8], np.int32)]]
+        tickets = [backend.submit(batch, 5) for batch in batches]
+        for ticket, batch in zip(reversed(tickets), reversed(batches), strict=True):
+            assert all(map(right, backend.collect(ticket), batch))
+        with pytest.raises(RuntimeError, match="no batch"):
+            backend.collect(tickets[0])
+        assert all(map(right, backend.collect(backend.submit(batches[0], 5)), batches[0]))
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_out_of_memory_with_two_batches_under_way_gives_every_text_its_own_outputs(failing: int) -> None:
+    batch = [np.arange(i, i + 32, dtype=np.int32) + 2 for i in range(64)]
+    fleet = Fleet(workers(1, depth=2, fail_submissions=[failing]))
+    with fleet.running():
+        fleet.add(batch)
+        fleet.wait(len(batch))
+    assert [i for i, row in enumerate(batch) if not right(fleet.outcomes[i], row)] == []
 
 
 def test_a_backend_that_cannot_be_opened_raises_what_it_would_here() -> None:
@@ -78,10 +99,10 @@ def test_a_dead_process_is_a_lost_device_that_says_how() -> None:
     with worker() as backend:
         seen = threading.Event()
         backend.watch(seen.set)
-        backend.submit(rows(3), 3)
+        ticket = backend.submit(rows(3), 3)
         kill(backend.pid)
         with pytest.raises(DeviceLost, match="SIGKILL"):
-            backend.collect(None)
+            backend.collect(ticket)
         assert seen.wait(10)
         assert not backend.alive
         with pytest.raises(DeviceLost):
@@ -103,10 +124,61 @@ def test_a_process_that_does_not_answer_is_killed_and_counts_as_lost(tmp_path: P
         until(lambda: not backend.alive)
 
 
+def test_a_process_that_reads_nothing_is_killed_in_time_and_counts_as_lost() -> None:
+    with worker(answer_s_max=0.3, close_s_max=0.3, length_max=512, depth=2) as backend:
+        os.kill(backend.pid, signal.SIGSTOP)
+        raised: list[BaseException] = []
+
+        def fill_the_line() -> None:
+            try:
+                for _ in range(200):  # 25 MB: more than a socket takes
+                    backend.submit(rows(*[512] * 64), 512)
+            except DeviceLost as lost:
+                raised.append(lost)
+
+        thread = threading.Thread(target=fill_the_line, daemon=True)
+        thread.start()
+        thread.join(10)
+        hung = thread.is_alive()
+        with suppress(ProcessLookupError):
+            kill(backend.pid)
+        thread.join(10)
+        assert not hung
+        assert "was killed: not read within 0.3 s" in str(raised[0])
+        assert not backend.alive
+
+
+def test_closing_does_not_wait_for_a_process_that_reads_nothing() -> None:
+    backend = RemoteBackend(spec(close_s_max=0.2, length_max=512))
+    os.kill(backend.pid, signal.SIGSTOP)
+    ours = backend._channel._socket
+    ours.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            ours.send(bytes(1 << 16))
+    thread = threading.Thread(target=backend.close, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert not backend.alive
+
+
+def test_a_device_lost_inside_a_worker_ends_the_process() -> None:
+    with worker(lose_submissions=[2]) as backend:
+        assert len(backend.collect(backend.submit(rows(3), 3))) == 1
+        with pytest.raises(DeviceLost, match="the test took it away"):
+            backend.collect(backend.submit(rows(3), 3))
+        until(lambda: not backend.alive)
+    with worker(lose_collections=[1]) as backend:
+        with pytest.raises(DeviceLost, match="the test took it away"):
+            backend.collect(backend.submit(rows(3), 3))
+        until(lambda: not backend.alive)
+
+
 def test_signals_to_the_group_do_not_end_a_worker_before_its_parent_says_so() -> None:
     with worker() as backend:
-        os.kill(backend.pid, signal.SIGTERM)
-        os.kill(backend.pid, signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(backend.pid, number)
         assert len(backend.collect(backend.submit(rows(3), 3))) == 1
     assert not psutil.pid_exists(backend.pid)
 

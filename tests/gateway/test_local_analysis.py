@@ -1,14 +1,19 @@
 """On-site analysis follows sealing, at its own pace; of its results only the listed fields go upstream."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
-from gateway.analysis import ResultPublisher, SiteAnalysis
-from gateway.local_config import AnalysisConfig, LocalConfig
+from engine.analysis import Analysis
+from engine.spans import Span
+from gateway.analysis import ResultPublisher, SiteAnalysis, derived
+from gateway.local_config import AnalysisConfig, ExportField, LocalConfig
 from gateway.sealed import SealedReader, SealedStore
+from gateway.sealed_schema import RESULTS
 from protos import feed_pb2
 from sluice.errors import Permanent, Retryable
 from tests.gateway.sealed_support import Analyser, Log, config, local_batch, open_store, until
@@ -111,6 +116,44 @@ async def test_further_fields_leave_when_they_are_listed(tmp_path: Path) -> None
     (result,) = upstream.sent[0].results
     assert {f.name for f, _ in result.ListFields()} == {"sequence", "label", "novelty", "token_count", "event_time_us"}
     assert result.event_time_us == 1_760_000_000_000_007
+
+
+class Spanning(Analyser):
+    """Says whose names stand where, as a model for the task `tokens` does."""
+
+    async def analyze(self, texts: Sequence[str], *, task: str = "classify", stream: str = "") -> Any:
+        spans = (Span(5, 20, "canary-name", 0.5),)
+        return [Analysis("PER", 0.5, embedding=b"canary-vector", spans=spans, model="m") for _ in texts]
+
+
+async def test_spans_of_sealed_texts_are_neither_kept_nor_sent(tmp_path: Path) -> None:
+    upstream = Upstream()
+    every = get_args(ExportField)
+    here = site(tmp_path, Spanning(), upstream, task="tokens", export_fields=every)
+    await here.store.write(local_batch(7, 2))
+    await until(lambda: len(upstream.sequences) == 2, "derived results")
+    await here.end()
+    assert [(row["label"], row["score"]) for row in here.results()] == [("PER", 0.5)] * 2
+    assert "canary" not in repr(here.results())
+    assert b"canary" not in upstream.raw
+    assert not any(result.spans or result.embedding for batch in upstream.sent for result in batch.results)
+
+
+def test_no_column_or_field_could_carry_a_span_or_an_embedding() -> None:
+    assert not {"spans", "embedding", "text"} & {*RESULTS.types, *get_args(ExportField)}
+    row: dict[str, Any] = dict.fromkeys(RESULTS.types, "") | {
+        "sequence": 7,
+        "error": None,
+        "score": 0.5,
+        "novelty": 0.5,
+    }
+    row |= {"token_count": 3, "truncated": True, "label": "PER", "spans": [Span(0, 1, "x", 1.0)], "embedding": b"x"}
+    row |= {"event_time": datetime.now(UTC), "created_time": datetime.now(UTC)}
+    (batch,) = derived([row], get_args(ExportField))
+    (result,) = batch.results
+    carried = {field.name for field, _ in result.ListFields()}
+    allowed = {"sequence", "label", "score", "novelty", "token_count", "truncated", "event_time_us"}
+    assert carried == allowed
 
 
 async def test_with_no_field_listed_nothing_is_sent(tmp_path: Path) -> None:
