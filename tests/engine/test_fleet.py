@@ -191,13 +191,15 @@ def test_a_lone_device_that_cannot_give_memory_back_is_opened_anew() -> None:
 
 
 def test_short_memory_on_one_device_lowers_its_limit_only() -> None:
-    devices = [device("small", FakeBackend(memory_tokens=100)), device("large", FakeBackend())]
-    fleet = Fleet(devices)
+    gate, short = threading.Event(), FakeBackend(memory_tokens=100)
+    fleet = Fleet([device("small", short), device("large", FakeBackend(gate=gate))])
     batch = rows(*[16] * 300)
     with fleet.running():
         fleet.add(batch)
+        until(lambda: short.emptied > 0)  # while the large one is held back
+        gate.set()
         fleet.wait(len(batch))
     assert all(right(fleet.outcomes[i], row) for i, row in enumerate(batch))
     small, large = fleet.runner.devices()
     assert large.tokens_max == 256
-    assert not small.rows or small.tokens_max <= 128
+    assert 0 < small.tokens_max <= 128
