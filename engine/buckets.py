@@ -1,7 +1,7 @@
 """Length buckets: a ladder of edges, and the finer classes inside it that texts are grouped by. Pure.
 
 For edges with ratio r a text is padded by about 1 - (r-1)/(r*ln r) of the batch when lengths are
-log-uniform: 4% for r = 4/3 and 31% for r = 2, hence a ladder of about 1.3 to 1.5 inside the classic
+log-uniform: 13% for r = 4/3 and 28% for r = 2, hence a ladder of about 1.3 to 1.5 inside the classic
 32/64/128/256/512. A device that takes any shape pads to the longest row of the batch only; there the ladder
 is refined into classes of a thirty-second of their bucket's length: texts of nearly equal length meet, and
 what is left of the padding comes from filling up with neighbours, which the scheduler weighs by cost.
