@@ -86,14 +86,20 @@ class FeedConfig(Section, frozen=True, kw_only=True):
     keepalive_s: Annotated[float, Meta(ge=1, description="Silence after which a connection is probed.")] = 20.0
 
     probes_max: Annotated[
-        int, Meta(ge=1, description="Calls of health and reflection at once, beside subscriptions and Analyze streams.")
+        int, Meta(ge=1, description="Calls of health and reflection at once, beside the feed's own.")
     ] = 64
     request_bytes_max: Annotated[int, Meta(ge=KIB, description="Largest request that a client may send.")] = MIB
 
-    analyze: Annotated[bool, Meta(description="Serve Analyze, for which this process loads the engine.")] = True
+    analyze: Annotated[
+        bool, Meta(description="Serve Analyze and Generate, for which this process loads the engine.")
+    ] = True
     analyze_streams_max: Annotated[int, Meta(ge=1, description="Analyze streams at once; more are refused.")] = 256
     analyze_in_flight_max: Annotated[int, Meta(ge=1, description="Requests of one stream worked on at once.")] = 64
     analyze_deadline_ms: Annotated[int, Meta(ge=1, description="Deadline of a request that states none.")] = 10_000
+    generate_calls_max: Annotated[int, Meta(ge=1, description="Generate calls at once; more are refused.")] = 64
+    generate_deadline_ms: Annotated[
+        int, Meta(ge=1, description="Deadline of a whole text, of a Generate call that states none.")
+    ] = 120_000
 
 
 class CentralConfig(Section, frozen=True, kw_only=True):

@@ -1,27 +1,27 @@
 """The feed: `sluice.v1.Feed` with health and reflection, on grpc.aio.
 
 A record's way: Kafka -> `feed_log` (reader) -> `feed_hub` (rings) -> `feed_subscribe` (positions) -> `feed_batches`
-(bytes) -> the client. `feed_analyze` serves online inference.
+(bytes) -> the client. `feed_analyze` and `feed_generate` serve online inference.
 
-Bounded: subscriptions, Analyze streams and messages by `feed.*_max`; per slow client one message plus gRPC's own
-window, and one that takes nothing for `feed.stall_deadline_s` is cut off (RESOURCE_EXHAUSTED). It loses nothing: it
-resumes with the token of the last message it received.
+Bounded: subscriptions, calls of Analyze and Generate, and messages by `feed.*_max`; per slow client one message plus
+gRPC's own window, and one that takes nothing for `feed.stall_deadline_s` is cut off (RESOURCE_EXHAUSTED). A subscriber
+loses nothing: it resumes with the token of the last message it received.
 
-Status codes: INVALID_ARGUMENT (filter, token), OUT_OF_RANGE (Kafka no longer has what the token points at),
-RESOURCE_EXHAUSTED (too many, too slow), UNAVAILABLE (starting, draining, Kafka away).
+Status codes: `feed_status`.
 """
 
 import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
 
 from central.config import FeedConfig
 from central.feed_analyze import Analyzer, AnalyzeStream
+from central.feed_generate import GENERATE_FAILED, Generating, generated
 from central.feed_hub import FeedHub
-from central.feed_log import OffsetGone
 from central.feed_start import resolve
+from central.feed_status import status_of
 from central.feed_subscribe import Maker, Subscription
 from central.filters import FeedFilter
 from central.token_key import load_key
@@ -30,7 +30,7 @@ from protos import feed_pb2
 from sluice.codec import Limits
 from sluice.config import read_secret
 from sluice.connections import KafkaConfig
-from sluice.errors import Backpressure, ConfigError, Permanent, Retryable
+from sluice.errors import Backpressure, ConfigError, Permanent, Retryable, SluiceError
 from sluice.telemetry import Event, Telemetry
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ REFUSED = Event(
 STALLED = Event(
     name="feed_stalled",
     unit="subscriptions",
-    help="Subscribers cut off because they took nothing.",
+    help="Subscribers and readers of generated text cut off because they took nothing.",
     level="warning",
 )
 
@@ -56,6 +56,10 @@ SERVICE: Final = "sluice.v1.Feed"
 FILTER_BYTES_MAX: Final = 256 * 1024
 KAFKA_WAIT_S: Final = 10.0
 LAST_MESSAGES_S: Final = 1.0
+
+
+class FeedEngine(Analyzer, Generating, Protocol):
+    """What the feed needs of the engine."""
 
 
 class Feed:
@@ -67,7 +71,7 @@ class Feed:
         limits: of envelopes.
         state_dir: where the token key is kept when none is configured.
         telemetry: for events and gauges.
-        engine: for Analyze; None answers it with UNIMPLEMENTED.
+        engine: for Analyze and Generate; None answers them with UNIMPLEMENTED.
     """
 
     name: Final = "feed"
@@ -79,7 +83,7 @@ class Feed:
         limits: Limits,
         state_dir: str,
         telemetry: Telemetry,
-        engine: Analyzer | None = None,
+        engine: FeedEngine | None = None,
     ) -> None:
         self.port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._config = config
@@ -96,6 +100,7 @@ class Feed:
         self._subscribers = 0
         self._cut_off = 0
         self._analyze_streams = 0
+        self._generate_calls = 0
         self._messages = telemetry.counter("feed_messages", "Messages that subscribers took.")
         self._bytes = telemetry.counter("feed_bytes", "Bytes that subscribers took.")
         telemetry.gauge("feed_subscribers", "Subscriptions now.").set_function(lambda: self._subscribers)
@@ -103,6 +108,7 @@ class Feed:
             lambda: self._cut_off
         )
         telemetry.gauge("feed_analyze_streams", "Analyze streams now.").set_function(lambda: self._analyze_streams)
+        telemetry.gauge("feed_generate_calls", "Generate calls now.").set_function(lambda: self._generate_calls)
 
     @property
     def ready(self) -> bool:
@@ -133,7 +139,7 @@ class Feed:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def drain(self, deadline_s: float) -> None:
-        """Refuses new streams, gives every subscription its token, answers what Analyze has begun, then ends."""
+        """Refuses new calls, gives every subscription its token, answers what the engine has begun, then ends."""
         if self._draining.is_set():
             return
         self._draining.set()
@@ -149,45 +155,44 @@ class Feed:
 
     async def subscribe(self, request: feed_pb2.SubscribeRequest, context: "Context") -> None:
         """`Feed.Subscribe`."""
-        import grpc
-
         async with self._answering(context):
             self._check_room()
             self._subscribers += 1
             try:
                 await self._send_all(request, context)
-            except _Stalled:
-                self._telemetry.emit(STALLED, peer=context.peer())
-            else:
-                return
             finally:
                 self._subscribers -= 1
                 self._left.set()
-            # The status waits behind the message that the client does not take; nothing else is held for it meanwhile.
-            self._cut_off += 1
-            try:
-                text = f"nothing was taken for {self._config.stall_deadline_s:g} s; resume with the last token"
-                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
-            finally:
-                self._cut_off -= 1
 
     async def analyze(self, requests: AsyncIterator[feed_pb2.AnalyzeRequest], context: "Context") -> None:
         """`Feed.Analyze`."""
-        import grpc
-
         async with self._answering(context):
-            if self._engine is None:
-                await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this instance has no engine (roles)")
+            engine = self._engine or await _no_engine(context)
             if self._analyze_streams >= self._config.analyze_streams_max:
                 text = f"{self._config.analyze_streams_max} streams are open already (feed.analyze_streams_max)"
                 raise Backpressure(text, retry_after_s=1.0)
-            assert self._engine is not None
             self._analyze_streams += 1
             try:
-                stream = AnalyzeStream(self._engine, self._config, self._telemetry, context.write)
+                stream = AnalyzeStream(engine, self._config, self._telemetry, context.write)
                 await stream.serve(requests, self._draining)
             finally:
                 self._analyze_streams -= 1
+                self._left.set()
+
+    async def generate(self, request: feed_pb2.GenerateRequest, context: "Context") -> None:
+        """`Feed.Generate`."""
+        async with self._answering(context, GENERATE_FAILED):
+            engine = self._engine or await _no_engine(context)
+            if self._generate_calls >= self._config.generate_calls_max:
+                text = f"{self._config.generate_calls_max} calls are open already (feed.generate_calls_max)"
+                raise Backpressure(text, retry_after_s=1.0)
+            self._generate_calls += 1
+            try:
+                async with contextlib.aclosing(generated(engine, request, self._config)) as messages:
+                    async for message in messages:
+                        await self._write(context, message)
+            finally:
+                self._generate_calls -= 1
                 self._left.set()
 
     async def _send_all(self, request: feed_pb2.SubscribeRequest, context: "Context") -> None:
@@ -195,6 +200,8 @@ class Feed:
         async with contextlib.aclosing(subscription.messages()) as messages:
             async for message in messages:
                 await self._write(context, message)
+                self._messages.inc()
+                self._bytes.inc(len(message))
 
     async def _open(self, request: feed_pb2.SubscribeRequest) -> Subscription:
         if request.filter.ByteSize() > FILTER_BYTES_MAX:
@@ -215,17 +222,15 @@ class Feed:
             text = f"{self._subscribers} subscriptions are open, of {limit} (feed.subscribers_max)"
             raise Backpressure(text, retry_after_s=self._config.heartbeat_s)
 
-    async def _write(self, context: "Context", message: bytes) -> None:
+    async def _write(self, context: "Context", message: Any) -> None:
         try:
             async with asyncio.timeout(self._config.stall_deadline_s):
                 await context.write(message)
         except TimeoutError:
             raise _Stalled from None
-        self._messages.inc()
-        self._bytes.inc(len(message))
 
     async def _wait_until_idle(self) -> None:
-        while self._subscribers or self._analyze_streams:
+        while self._subscribers or self._analyze_streams or self._generate_calls:
             self._left.clear()
             await self._left.wait()
 
@@ -234,25 +239,33 @@ class Feed:
             raise Retryable("the server is shutting down")
 
     @contextlib.asynccontextmanager
-    async def _answering(self, context: "Context") -> AsyncIterator[None]:
-        """Refuses when draining, and turns our errors into status codes."""
+    async def _answering(self, context: "Context", failed: Event = REFUSED) -> AsyncIterator[None]:
+        """Refuses when draining, and turns our errors into status codes and the event `failed`."""
         from grpc import StatusCode
 
         try:
             self._check_open()
             yield
-        except OffsetGone as error:
-            code, text = StatusCode.OUT_OF_RANGE, str(error)
-        except Permanent as error:
-            code, text = StatusCode.INVALID_ARGUMENT, str(error)
-        except Backpressure as error:
-            code, text = StatusCode.RESOURCE_EXHAUSTED, f"{error}; try again in {error.retry_after_s:g} s"
-        except Retryable as error:
-            code, text = StatusCode.UNAVAILABLE, str(error)
-        else:
-            return
-        self._telemetry.emit(REFUSED, code=code.name.lower(), detail=text, peer=context.peer())
-        await context.abort(code, text)
+        except _Stalled:
+            await self._cut_off_stalled(context)
+        except SluiceError as error:
+            name, text, trailers = status_of(error)
+            self._telemetry.emit(failed, code=name.lower(), detail=text, peer=context.peer())
+            await context.abort(StatusCode[name], text, trailers)
+
+    async def _cut_off_stalled(self, context: "Context") -> None:
+        from grpc import StatusCode
+
+        self._telemetry.emit(STALLED, peer=context.peer())
+        # The status waits behind the message that the client does not take; nothing else is held for it meanwhile.
+        self._cut_off += 1
+        try:
+            text = (
+                f"nothing was taken for {self._config.stall_deadline_s:g} s; a subscription resumes with its last token"
+            )
+            await context.abort(StatusCode.RESOURCE_EXHAUSTED, text)
+        finally:
+            self._cut_off -= 1
 
     async def _report_health(self) -> None:
         from grpc_health.v1 import health_pb2
@@ -275,7 +288,8 @@ class Feed:
         config = self._config
         # Streams that stall are counted beside those that are served; the rest is for probes and reflection, which
         # have streams of their own that nobody else would count.
-        streams_max = 2 * config.subscribers_max + config.analyze_streams_max + config.probes_max
+        calls_max = config.analyze_streams_max + config.generate_calls_max
+        streams_max = 2 * config.subscribers_max + calls_max + config.probes_max
         server = grpc.aio.server(options=server_options(config), maximum_concurrent_rpcs=streams_max)
         handlers = {
             # Messages are built once and shared: they are bytes already.
@@ -286,6 +300,11 @@ class Feed:
                 self.analyze,
                 request_deserializer=feed_pb2.AnalyzeRequest.FromString,
                 response_serializer=feed_pb2.AnalyzeResponse.SerializeToString,
+            ),
+            "Generate": grpc.unary_stream_rpc_method_handler(
+                self.generate,
+                request_deserializer=feed_pb2.GenerateRequest.FromString,
+                response_serializer=feed_pb2.GenerateResponse.SerializeToString,
             ),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
@@ -310,6 +329,12 @@ class Feed:
 
 class _Stalled(Exception):
     """The client takes nothing."""
+
+
+async def _no_engine(context: "Context") -> NoReturn:
+    from grpc import StatusCode
+
+    await context.abort(StatusCode.UNIMPLEMENTED, "this instance has no engine (roles)")
 
 
 def server_options(config: FeedConfig) -> list[tuple[str, int]]:

@@ -30,7 +30,7 @@ ANALYZE_FAILED = Event(
     level="debug",
 )
 REQUEST_ID_CHARS_MAX: Final = 256
-_PRIORITY: Final = {
+PRIORITY: Final = {
     feed_pb2.PRIORITY_ONLINE: Priority.ONLINE,
     feed_pb2.PRIORITY_BACKGROUND: Priority.BACKGROUND,
 }
@@ -125,7 +125,7 @@ class AnalyzeStream:
         errors = feed_pb2.AnalyzeError
         if len(request.request_id) > REQUEST_ID_CHARS_MAX:
             raise Refused(errors.CODE_INVALID, f"request_id is longer than {REQUEST_ID_CHARS_MAX} characters")
-        priority = _PRIORITY.get(request.priority)
+        priority = PRIORITY.get(request.priority)
         if priority is None:
             raise Refused(errors.CODE_INVALID, f"unknown priority {request.priority}")
         # The engine remembers streams by name: nothing but a name may be one.

@@ -9,6 +9,7 @@ Fails: `DeviceOutOfMemory` from `submit` or `collect`: the batch did not run, th
 Any other exception concerns that batch alone.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -47,6 +48,7 @@ class BackendInfo:
         labels: of the logits behind the embedding; empty when there are none.
         per_token: an output row is float32 [tokens, labels], one row of logits per token, and nothing else.
         packed: no padding is computed: a batch costs its tokens, and any lengths may share it.
+        row_steps: ascending; a batch is filled up with empty rows to the next of these, where there is one.
     """
 
     device: str
@@ -58,6 +60,16 @@ class BackendInfo:
     labels: tuple[str, ...] = ()
     packed: bool = False
     per_token: bool = False
+    row_steps: tuple[int, ...] = ()
+
+    def filled(self, rows: int) -> int:
+        """Rows that the device computes for a batch of `rows` texts."""
+        place = bisect_left(self.row_steps, rows)
+        return self.row_steps[place] if place < len(self.row_steps) else rows
+
+    def computed(self, lengths: Sequence[int], length: int) -> list[int]:
+        """What the device computes for texts of these lengths, padded to `length`: the tokens of each row."""
+        return list(lengths) if self.packed else [length] * self.filled(len(lengths))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +108,18 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Releases the model. Idempotent."""
+        ...
+
+
+class Reopen(Protocol):
+    """Opens a backend anew after its device died, as often as it is called."""
+
+    def __call__(self) -> Backend:
+        """A new backend, opened on the thread that will drive it."""
+        ...
+
+    def cancel(self) -> None:
+        """Abandons the call that is under way, which raises soon, and refuses all later ones. From any thread."""
         ...
 
 

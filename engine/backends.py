@@ -9,8 +9,7 @@ no part of a result's identity: they agree within the tolerance of their precisi
 Fails: `ConfigError` when `openvino` is configured and cannot be had; `Permanent` as the model's loading does.
 """
 
-import time
-from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
@@ -19,18 +18,14 @@ import msgspec
 from engine.backend import Backend
 from engine.config import EngineConfig
 from engine.models import ModelCard
+from engine.probe import PROBE_LENGTH, PROBE_ROWS, measure, probe_batch
 from sluice.errors import ConfigError, SluiceError
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+    from engine.backend import Outputs, Rows
 
 # OpenVINO must earn its memory, and the risk of a second implementation.
 GAIN_MIN: Final = 1.1
-# Texts of the comparison: neighbours in length, as the scheduler batches them.
-PROBE_ROWS: Final = 16
-PROBE_LENGTHS: Final = (36, 48)
-ROUNDS: Final = 5
 INSTALL: Final = "pip install 'sluice-stream[openvino]'"
 # Of `ModelCard.kind`: what is one pass over a text.
 ENCODERS: Final = frozenset({"embedding", "classification", "tokens"})
@@ -113,9 +108,10 @@ def _faster(config: EngineConfig, card: ModelCard, reasons: dict[str, str]) -> B
     except BaseException:
         candidate.close()
         raise
-    torch_s, openvino_s = least_s([usual, candidate], config.fit_seconds_max)
+    rows = probe_batch(min(usual.info.length_max, candidate.info.length_max))
+    (_, torch_s), (_, openvino_s) = measure(*(partial(_run, each, rows) for each in (usual, candidate)))
     gain = torch_s / openvino_s
-    measured = f"OpenVINO was {gain:.2f} times as fast on {PROBE_ROWS} texts of about {PROBE_LENGTHS[1]} tokens"
+    measured = f"OpenVINO was {gain:.2f} times as fast on {PROBE_ROWS} texts of {PROBE_LENGTH} tokens"
     if gain < GAIN_MIN:
         candidate.close()
         reasons["backend"] = f"torch: {measured}; {GAIN_MIN} is asked for"
@@ -126,36 +122,8 @@ def _faster(config: EngineConfig, card: ModelCard, reasons: dict[str, str]) -> B
     return candidate
 
 
-def least_s(backends: list[Backend], seconds_max: float, clock: Callable[[], float] = time.perf_counter) -> list[float]:
-    """The least time in seconds that each takes for the same batch, run in turns so that other work slows all.
-
-    Args:
-        backends: driven by the calling thread.
-        seconds_max: no further round begins after it; one always does.
-        clock: monotonic seconds.
-    """
-    rows = _probe(min(backend.info.length_max for backend in backends))
-    length = max(len(row) for row in rows)
-    end = clock() + seconds_max
-    least = [float("inf")] * len(backends)
-    for round_ in range(ROUNDS + 1):
-        if round_ > 1 and clock() >= end:
-            break
-        for place, backend in enumerate(backends):
-            start = clock()
-            backend.collect(backend.submit(rows, length))
-            if round_:  # the first one warms up
-                least[place] = min(least[place], clock() - start)
-    return least
-
-
-def _probe(length_max: int) -> "list[npt.NDArray[np.int32]]":
-    import numpy as np
-
-    shortest, longest = PROBE_LENGTHS
-    lengths = np.linspace(shortest, longest, PROBE_ROWS).astype(int).clip(1, length_max)
-    # Small ids exist in every vocabulary.
-    return [np.arange(length, dtype=np.int32) % 50 + 1 for length in lengths]
+def _run(backend: Backend, rows: "Rows") -> "Outputs":
+    return backend.collect(backend.submit(rows, max(len(row) for row in rows)))
 
 
 def _on_cpu(device: str) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import msgspec
 
-from engine.config import CacheConfig, EngineConfig
+from engine.config import GENERATION_NAME, CacheConfig, EngineConfig
 from engine.service import Engine, EngineStats, Priority
 from sluice.config import load
 from sluice.connections import TelemetryConfig
@@ -52,13 +52,12 @@ class Measured:
     load: float
 
 
-def section(values: Mapping[str, Any], settings: Sequence[str] = (), *, caches: bool = True) -> EngineConfig:
+def section(values: Mapping[str, Any], settings: Sequence[str] = ()) -> EngineConfig:
     """The engine's configuration from command-line values.
 
     Args:
         values: by key; None is left out.
         settings: more of them, as `key=value`, with dots between section and key.
-        caches: whether the token and the result cache are on.
 
     Raises:
         ConfigError: a key or value is wrong.
@@ -75,9 +74,11 @@ def section(values: Mapping[str, Any], settings: Sequence[str] = (), *, caches: 
             if not isinstance(inner, dict):
                 raise ConfigError(f"--set {setting[:64]!r}: '{parent}' is no section")
         inner[leaf] = _value(setting, value.strip())
-    config = load(EngineConfig, environ={}, overrides=tree)
-    if caches:
-        return config
+    return load(EngineConfig, environ={}, overrides=tree)
+
+
+def without_caches(config: EngineConfig) -> EngineConfig:
+    """The same, with the token and the result cache switched off."""
     return msgspec.structs.replace(config, caches=CacheConfig(token_bytes_max=0, result_bytes_max=0))
 
 
@@ -120,14 +121,19 @@ def _lines(file: Path, limit: int) -> list[str]:
     return texts
 
 
-def plan(config: EngineConfig) -> dict[str, str]:
-    """What the engine chooses on this machine, each with its reason."""
+def plan(config: EngineConfig) -> dict[str, Any]:
+    """What the engine chooses on this machine, each with its reason.
 
-    async def start() -> dict[str, str]:
+    The default model's choices by name, and beside them `models` (those of each further model, by its name) and
+    `generation` (those of the model that generates text; empty when there is none).
+    """
+
+    async def start() -> dict[str, Any]:
         engine = Engine(config, _telemetry())
         try:
             await engine.start()
-            return engine.plan()
+            models = {name: engine.plan(name) for name in config.models}
+            return {**engine.plan(), "models": models, GENERATION_NAME: engine.plan(GENERATION_NAME)}
         finally:
             await engine.close()
 

@@ -9,9 +9,10 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from engine.bench import Measured, percentile
+from engine.config import GENERATION_NAME
 from sluice.errors import ConfigError, Permanent
 
 _BLOCKS: Final = " ▏▎▍▌▋▊▉█"
@@ -20,13 +21,27 @@ _BAR_CHARS_MAX: Final = 50
 _ROWS_MAX: Final = 12
 
 
-def plan_lines(reasons: Mapping[str, str], columns: int) -> Iterator[tuple[str, str]]:
+def plan_lines(plan: Mapping[str, Any], columns: int) -> Iterator[tuple[str, str]]:
     """Name and text of each line of a plan; a long reason is folded, and the name of its further lines is empty.
 
+    The default model's choices come first, then each further model's under its name, indented.
+
     Args:
-        reasons: by name.
+        plan: as `bench.plan` makes it.
         columns: of the terminal.
     """
+    further = {**plan["models"], GENERATION_NAME: plan[GENERATION_NAME]}
+    yield from _reasons(
+        {name: reason for name, reason in plan.items() if name not in {"models", GENERATION_NAME}}, columns
+    )
+    for model, reasons in further.items():
+        if reasons:
+            yield "", ""
+            yield model, ""
+            yield from (("  " + name, reason) for name, reason in _reasons(reasons, columns - 2))
+
+
+def _reasons(reasons: Mapping[str, str], columns: int) -> Iterator[tuple[str, str]]:
     width = max((len(name) for name in reasons), default=0)
     for name, reason in reasons.items():
         folded = textwrap.wrap(

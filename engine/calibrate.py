@@ -2,7 +2,7 @@
 
 Shapes are tried in an order in which an early stop still leaves a usable fit: launch cost, cost per token,
 then attention and rows. Each is warmed up once and the least of a few runs counts, since other work on the
-machine only adds time.
+machine only adds time; a slow device repeats less, so that it sees the same shapes.
 """
 
 import time
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Rows and length in tokens.
 SHAPES: Final = ((1, 16), (16, 48), (1, 128), (4, 16), (4, 256), (32, 16), (1, 48), (8, 128), (1, 256), (64, 16))
+# Where a batch of those is little more than a launch.
+SHAPES_GPU: Final = ((64, 128), (128, 256))
 # Lengths of a packed batch: each a few times, as neighbours in a queue are.
 MIXED: Final = (9, 9, 12, 12, 15, 18, 18, 21, 24, 30, 36, 48, 64, 96, 160, 224)
 RUNS: Final = 3
@@ -77,18 +79,20 @@ def measure_costs(
 ) -> list[Sample]:
     """Samples for the cost model, taken for at most about `seconds_max` seconds, at least two."""
     info = backend.info
-    batches = [[ladder.edge(min(length, info.length_max))] * rows for rows, length in SHAPES]
+    shapes = SHAPES if info.device == "cpu" else SHAPES + SHAPES_GPU
+    batches = [[ladder.edge(min(length, info.length_max))] * rows for rows, length in shapes]
     if info.packed:
-        batches.insert(2, [min(length, info.length_max) for length in MIXED])
+        batches.insert(4, [min(length, info.length_max) for length in MIXED])
     samples: dict[tuple[int, ...], Sample] = {}
     end = clock() + seconds_max
+    each_s = seconds_max / len(batches)
     for lengths in batches:
         if tuple(lengths) in samples:
             continue
         if len(samples) >= 2 and clock() >= end:
             break
         try:
-            seconds = _least_s(backend, lengths, clock)
+            seconds = _least_s(backend, lengths, each_s, clock)
         except DeviceOutOfMemory:
             backend.empty_cache()
         else:
@@ -145,11 +149,15 @@ def _peak(backend: Backend, admission: Admission, rows: int, length: int, share:
     return used
 
 
-def _least_s(backend: Backend, lengths: Sequence[int], clock: Callable[[], float]) -> float:
+def _least_s(backend: Backend, lengths: Sequence[int], seconds_max: float, clock: Callable[[], float]) -> float:
+    """The least time of RUNS runs after one that warms up; of fewer once `seconds_max` have passed, at least one."""
     batch = [_row(length) for length in lengths]
     least = float("inf")
+    end = clock() + seconds_max
     for run in range(RUNS + 1):
         start = clock()
+        if run > 1 and start >= end:
+            break
         backend.collect(backend.submit(batch, max(lengths)))
         if run:
             least = min(least, clock() - start)

@@ -1,12 +1,17 @@
 """`sluice engine`: what the engine would choose here, and how fast it is."""
 
+import functools
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import click
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
 
 
 @click.group()
@@ -14,7 +19,16 @@ def engine() -> None:
     """The inference engine: plan and benchmark."""
 
 
-def _options(command: click.decorators.FC) -> click.decorators.FC:
+def _configured(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options that both commands have; the command gets those of the engine as one `config`."""
+
+    @functools.wraps(command)
+    def configured(settings: tuple[str, ...], **values: Any) -> None:
+        from engine.bench import section
+
+        config = section({key: values.pop(key) for key in ("model", "device", "precision", "threads")}, settings)
+        command(config=config, **values)
+
     for option in reversed(
         (
             click.option("--model", default=None, help="Package, folder or hub id; default: the packaged MiniLM."),
@@ -34,31 +48,34 @@ def _options(command: click.decorators.FC) -> click.decorators.FC:
                 metavar="KEY=VALUE",
                 help="Any other key below engine. in the configuration, such as workers=2; may be repeated.",
             ),
+            click.option("--json", "as_json", is_flag=True, help="One JSON object."),
         )
     ):
-        command = option(command)
-    return command
+        configured = option(configured)
+    return configured
 
 
 @engine.command()
-@_options
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def plan(settings: tuple[str, ...], as_json: bool, **values: Any) -> None:
-    """Loads the model, measures, and shows what was chosen and why."""
+@_configured
+def plan(config: "EngineConfig", as_json: bool) -> None:
+    """Loads all models, measures, and shows what was chosen and why.
+
+    Further models and one that generates text are given by --set, as in the configuration: models.ner.model=FOLDER,
+    generation.model=FOLDER.
+    """
     from engine.bench import plan as make_plan
-    from engine.bench import section
     from engine.bench_report import plan_lines
 
-    reasons = make_plan(section(values, settings))
+    made = make_plan(config)
     if as_json:
-        click.echo(json.dumps(reasons, indent=2))
+        click.echo(json.dumps(made, indent=2))
         return
-    for name, reason in plan_lines(reasons, shutil.get_terminal_size().columns):
-        click.echo(f"{click.style(name, bold=True)}  {reason}")
+    for name, reason in plan_lines(made, shutil.get_terminal_size().columns):
+        click.echo(f"{click.style(name, bold=True)}  {reason}".rstrip())
 
 
 @engine.command()
-@_options
+@_configured
 @click.option(
     "--texts",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -85,7 +102,6 @@ def plan(settings: tuple[str, ...], as_json: bool, **values: Any) -> None:
     is_flag=True,
     help="With the token and result caches. Without, too, identical texts under way are computed once.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.option(
     "--plot",
     "picture",
@@ -93,7 +109,7 @@ def plan(settings: tuple[str, ...], as_json: bool, **values: Any) -> None:
     help="Also draw a picture into this file (.png, .svg, .pdf); needs matplotlib.",
 )
 def bench(
-    settings: tuple[str, ...],
+    config: "EngineConfig",
     texts: Path,
     limit: int,
     seconds: float,
@@ -101,7 +117,6 @@ def bench(
     caches: bool,
     as_json: bool,
     picture: Path | None,
-    **values: Any,
 ) -> None:
     """Measures throughput with a full queue, then latency of single online texts at a share of that.
 
@@ -109,14 +124,13 @@ def bench(
     device computed; device_busy_share how much of that time it worked. p50_ms and p99_ms are the latencies of single
     texts that arrive at random times, whether or not the ones before are answered.
     """
-    from engine.bench import read_texts, run, section
+    from engine.bench import read_texts, run, without_caches
     from engine.bench_report import draw, report_lines, require_plotting
 
     if picture is not None:
         require_plotting(picture)
-    config = section(values, settings, caches=caches)
     with _Bar() as bar:
-        measured = run(config, read_texts(texts, limit), seconds, load, bar.show)
+        measured = run(config if caches else without_caches(config), read_texts(texts, limit), seconds, load, bar.show)
     if as_json:
         click.echo(json.dumps(measured.figures))
     else:

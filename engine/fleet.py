@@ -5,11 +5,10 @@ Invariants: a device is driven by one thread; its figures are written there only
 Fails: never by itself; `Recovery` bounds how a device that died is brought back.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engine.backend import Backend, DeviceMemory, Mortal
+from engine.backend import Backend, DeviceMemory, Mortal, Reopen
 from engine.config import EngineConfig
 from engine.cost import CostTracker
 from engine.memory import Admission
@@ -36,7 +35,7 @@ class Device:
     backend: Backend
     costs: CostTracker
     admission: Admission
-    reopen: Callable[[], Backend] | None = None
+    reopen: Reopen | None = None
     peaks: dict[int, int] = field(default_factory=dict)
     alive: bool = True
     busy_s: float = 0.0
@@ -69,7 +68,7 @@ class Device:
         if idle > 1:
             least = int(model.launch_s / model.typical_token_s)
             tokens = min(tokens, max(-(-waiting_tokens // idle), least, 1))
-        return Terms(tokens, model, self.backend.info.packed)
+        return Terms(tokens, model, self.backend.info.packed, self.backend.info.row_steps)
 
     def snapshot(self) -> "DeviceStats":
         """Its figures now."""

@@ -73,7 +73,7 @@ class _Flight:
     cache: bool
     priority: Priority
     deadline_s: float
-    waiters: list[tuple[Call, int]] = field(default_factory=list)
+    waiters: dict[Call, list[int]] = field(default_factory=dict)  # positions in each call
 
 
 class Flights:
@@ -95,6 +95,16 @@ class Flights:
 
     def __len__(self) -> int:
         return len(self._by_id)
+
+    def admit(self, priority: Priority) -> None:
+        """Asks whether a new call may come in: before its texts have cost anything.
+
+        Raises:
+            Backpressure: the queue is full, or others wait for room already.
+            Retryable: the runner takes nothing.
+        """
+        self._wait_in_line(priority, None)
+        self._runner.admit(priority)
 
     def board(
         self,
@@ -144,7 +154,7 @@ class Flights:
         empty = []
         for flight_id in call.flights & self._by_id.keys():
             flight = self._by_id[flight_id]
-            flight.waiters = [waiter for waiter in flight.waiters if waiter[0] is not call]
+            flight.waiters.pop(call, None)
             if not flight.waiters:
                 empty.append(flight_id)
         # What is on the device already stays known: its result may still serve a later caller.
@@ -214,7 +224,7 @@ class Flights:
         self, call: Call, position: int, flight_id: int, priority: Priority, deadline_s: float, *, cache: bool
     ) -> None:
         flight = self._by_id[flight_id]
-        flight.waiters.append((call, position))
+        flight.waiters.setdefault(call, []).append(position)
         flight.cache = flight.cache or cache
         call.flights.add(flight_id)
         if priority < flight.priority or deadline_s > flight.deadline_s:
@@ -260,8 +270,9 @@ class Flights:
 
 
 def _deliver(flight: _Flight, outcome: Output | Exception) -> None:
-    for call, position in flight.waiters:
-        call.deliver(position, outcome)
+    for call, positions in flight.waiters.items():
+        for position in positions:
+            call.deliver(position, outcome)
 
 
 def _not_finite(report: Report) -> set[int]:

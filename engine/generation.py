@@ -29,7 +29,6 @@ import itertools
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from engine.config import EngineConfig
@@ -38,6 +37,7 @@ from engine.generation_choice import choose
 from engine.generation_driver import Driver, Tokens
 from engine.generation_model import Generative, Prompt, load_generative
 from engine.generation_request import Answer, Ask, Finish, Request, Usage
+from engine.generation_stats import GenerationMeter, GenerationStats, Outcome
 from engine.generation_text import Detokenizer, Stops
 from engine.lane import Item, Lane, Priority
 from sluice.errors import Backpressure, Retryable, SluiceError
@@ -55,44 +55,26 @@ _NOT_STARTED: Final = "the generator is not started"
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationStats:
-    """Figures since the start.
-
-    Attributes:
-        waiting: requests not begun.
-        running: requests under way.
-        tokens_running: tokens that those may hold in the key-value cache.
-        finished: requests that ended with a text.
-        failed: requests that ended with an error.
-        dropped: requests whose caller went away.
-        prompt_tokens: of requests begun.
-        new_tokens: generated.
-    """
-
-    waiting: int
-    running: int
-    tokens_running: int
-    finished: int
-    failed: int
-    dropped: int
-    prompt_tokens: int
-    new_tokens: int
-
-
 class Generator:
     """See the module's docstring. All methods are called on one event loop.
 
     Args:
         config: the engine's section; `generation.model` names the model, or `model` when that is empty.
         load: opens the model, on a thread of its own.
+        meter: counts; one of its own when None.
     """
 
-    def __init__(self, config: EngineConfig, load: Callable[[EngineConfig], Generative] = load_generative) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        load: Callable[[EngineConfig], Generative] = load_generative,
+        meter: GenerationMeter | None = None,
+    ) -> None:
         self.refusing = _NOT_STARTED
         self._config = config
         self._limits = config.generation
         self._load = load
+        self._meter = meter or GenerationMeter()
         self._host = ThreadPoolExecutor(1, thread_name_prefix="engine-generate-host")
         self._model: Generative | None = None
         self._driver: Driver | None = None
@@ -106,7 +88,7 @@ class Generator:
         self._running: dict[str, Request] = {}
         self._tokens_running = 0
         self._request_s = _REQUEST_S
-        self._counts = {"finished": 0, "failed": 0, "dropped": 0, "prompt_tokens": 0, "new_tokens": 0}
+        self._closed = False
 
     @property
     def model(self) -> str:
@@ -134,7 +116,11 @@ class Generator:
 
     def stats(self) -> GenerationStats:
         """Figures since the start."""
-        return GenerationStats(len(self._waiting), len(self._running), self._tokens_running, **self._counts)
+        return self._meter.stats(self)
+
+    def levels(self) -> tuple[int, int, int]:
+        """Requests waiting, requests running, and the tokens that those may come to hold."""
+        return len(self._waiting), len(self._running), self._tokens_running
 
     async def start(self) -> None:
         """Loads the model and chooses how to drive it; ready afterwards.
@@ -149,6 +135,7 @@ class Generator:
         self._driver = await self._on_host(choose, self._model, self._post)
         if self.refusing == _NOT_STARTED:
             self.refusing = ""
+            self._meter.watch(self)
 
     def generate(
         self,
@@ -197,7 +184,9 @@ class Generator:
 
     async def close(self) -> None:
         """Ends all requests with an error, and all threads. Idempotent, and allowed before `start`."""
+        self._closed = True
         self.refusing = self.refusing or "the generator is closed"
+        self._meter.forget(self)
         if self._reviving is not None:
             await asyncio.wait([self._reviving])
         for request in list(self._requests.values()):
@@ -206,17 +195,34 @@ class Generator:
         if driver is not None:
             await self._on_host(driver.close)
         self._host.shutdown(wait=True)
+        self._idle.set()  # whoever drains it at the same time need not wait for callers that read nothing
 
     async def _pieces(self, ask: Ask, usage: Usage) -> AsyncGenerator[str, None]:
         """The body of an answer."""
+        outcome: Outcome = "dropped"  # unless something else is seen
+        try:
+            async with aclosing(self._served(ask, usage)) as pieces:
+                async for piece in pieces:
+                    yield piece
+            outcome = "finished"
+        except Backpressure:
+            outcome = "refused"
+            raise
+        except Exception:
+            outcome = "failed"
+            raise
+        finally:
+            self._meter.ended(outcome, ask.priority)
+
+    async def _served(self, ask: Ask, usage: Usage) -> AsyncGenerator[str, None]:
+        """A request from its first moment to its last."""
         if self.refusing:
             raise Retryable(self.refusing)
         ask.check(self._config)
-        until_s = None if ask.deadline_s is None else self._loop.time() + ask.deadline_s
         self._take_place()
         request = None
         try:
-            request = await self._board(ask, usage, until_s)
+            request = await self._board(ask, usage, self._loop.time())
             async with aclosing(request.pieces()) as pieces:
                 async for piece in pieces:
                     yield piece
@@ -225,24 +231,31 @@ class Generator:
                 self._drop(request)
             self._give_place()
 
-    async def _board(self, ask: Ask, usage: Usage, until_s: float | None) -> Request:
+    async def _board(self, ask: Ask, usage: Usage, asked_s: float) -> Request:
         """Reads the prompt and puts the request into the queue."""
         assert self._model is not None
         model = self._model
+        until_s = None if ask.deadline_s is None else asked_s + ask.deadline_s
         try:
             async with asyncio.timeout_at(until_s):
                 prompt: Prompt = await self._on_host(model.read, ask.prompt, ask.images, ask.chat)
         except TimeoutError as error:
-            self._counts["failed"] += 1
             raise DeadlinePassed("its deadline passed before its prompt was read") from error
-        if self.refusing:
-            raise Retryable(self.refusing)
+        if self._closed:  # and not while it drains: this request came before
+            raise Retryable("the generator closes")
         room = model.context_tokens - len(prompt.ids)
         wanted = ask.max_new_tokens or min(self._limits.new_tokens_default, self._limits.new_tokens_max)
-        new_tokens = min(wanted, room)
         usage.prompt_tokens = len(prompt.ids)
-        stops, detokenizer = Stops(ask.stop), Detokenizer(model.decode)
-        request = Request(next(self._numbers), prompt, new_tokens, ask.temperature, usage, detokenizer, stops)
+        request = Request(
+            next(self._numbers),
+            ask,
+            prompt,
+            min(wanted, room),
+            usage,
+            Detokenizer(model.decode),
+            Stops(ask.stop),
+            asked_s,
+        )
         self._requests[request.number] = request
         if until_s is not None:
             request.expiry = self._loop.call_at(until_s, self._expire, request)
@@ -266,7 +279,7 @@ class Generator:
             request.started_s = self._loop.time()
             self._running[request.job_id] = request
             self._tokens_running += request.cost
-            self._counts["prompt_tokens"] += len(request.prompt.ids)
+            self._meter.read(len(request.prompt.ids))
             self._driver.submit(request.job)
 
     def _post(self, reports: list[Tokens]) -> None:
@@ -281,12 +294,24 @@ class Generator:
             request = self._running.get(report.id)
             if request is None:
                 continue
-            self._counts["new_tokens"] += request.add(report.ids)
+            self._count(request, request.add(report.ids))
             if report.error:
                 self._end(request, Retryable(f"generation failed: {report.error}"))
             elif report.ended or request.stops.reached:
                 self._end(request, None, "end" if report.ids and report.ids[-1] in ends else "length")
         self._dispatch()
+
+    def _count(self, request: Request, news: int) -> None:
+        """So many new tokens of a request have come."""
+        if not news:
+            return
+        now_s = self._loop.time()
+        self._meter.made(news)
+        if request.usage.new_tokens == news:
+            request.first_s = now_s
+            request.first_tokens = news
+            self._meter.first(now_s - request.asked_s, request.ask.priority)
+        request.last_s = now_s
 
     def _expire(self, request: Request) -> None:
         self._end(request, DeadlinePassed("its deadline passed before its text was complete"))
@@ -296,13 +321,13 @@ class Generator:
         """A request's last moment: its caller gets the rest, and its place with the driver is free."""
         if not request.ended:
             request.end(error, finish)
-            self._counts["failed" if error else "finished"] += 1
+            if later := request.usage.new_tokens - request.first_tokens:
+                self._meter.paced(request.last_s - request.first_s, later)
             self._release(request)
 
     def _drop(self, request: Request) -> None:
         """The caller went away."""
         request.end(Retryable("nobody waits for it"), "")
-        self._counts["dropped"] += 1
         self._release(request)
         self._dispatch()
 

@@ -92,13 +92,17 @@ class Request:
 
     Attributes:
         number: unique.
+        ask: what its caller asked for.
         prompt: in tokens.
         new_tokens: at most.
-        temperature: of the sampling.
         usage: so far.
         detokenizer: of its new tokens.
         stops: where its text ends.
-        started_s: when the driver got it, on the loop's clock.
+        asked_s: when it came, on the loop's clock, as all times here.
+        started_s: when the driver got it.
+        first_s: when its first tokens came.
+        first_tokens: how many those were.
+        last_s: when its last tokens came.
         error: why it failed.
         ended: whether no more comes.
         news: set when there are pieces, or it has ended.
@@ -106,13 +110,17 @@ class Request:
     """
 
     number: int
+    ask: Ask
     prompt: Prompt
     new_tokens: int
-    temperature: float
     usage: Usage
     detokenizer: Detokenizer
     stops: Stops
+    asked_s: float
     started_s: float = 0.0
+    first_s: float = 0.0
+    first_tokens: int = 0
+    last_s: float = 0.0
     error: SluiceError | None = None
     ended: bool = False
     news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -122,7 +130,7 @@ class Request:
     @property
     def job(self) -> Job:
         """As a driver takes it."""
-        return Job(self.job_id, self.prompt, self.new_tokens, self.temperature)
+        return Job(self.job_id, self.prompt, self.new_tokens, self.ask.temperature)
 
     @property
     def job_id(self) -> str:

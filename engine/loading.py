@@ -5,8 +5,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,8 +20,10 @@ from engine.fleet import Device
 from engine.labels import DEFAULT_LABELS
 from engine.models import ModelCard
 from engine.scheduler import Limits, Scheduler
+from engine.sentence_folder import prompts_of
 from engine.tasks import Task
 from engine.tokens import Tokenizer, check
+from sluice.errors import ConfigError, Permanent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,23 +95,45 @@ def load(config: EngineConfig) -> Loaded:
     Raises:
         Permanent: the model is not there, damaged, or of no use.
         ConfigError: the device is not there.
+        Retryable: the device is short of memory, or died.
     """
     calm_openmp()
     reasons: dict[str, str] = {}
     card = models.read_card(config.model, models.locate(config.model, allow_download=config.allow_download))
     reasons["model"] = f"{card.name}, version {card.version}, from {card.folder}"
-    opened = open_devices(config, card, reasons)
+    if prompts := prompts_of(card.folder):
+        reasons["prompts"] = (
+            f"none is added: the model knows {', '.join(prompts)}, to be put in front of texts by callers"
+        )
+    with _runnable(card):
+        opened = open_devices(config, card, reasons)
+        try:
+            return _prepare(config, card, opened, reasons)
+        except BaseException:
+            for each in opened:
+                each.backend.close()
+            raise
+
+
+@contextmanager
+def _runnable(card: ModelCard) -> Iterator[None]:
+    """What a model that was loaded fails with when it is run for the first time, as Permanent.
+
+    Not a RuntimeError: a device that fails for the moment raises those, and then the next start may be fine.
+    """
     try:
-        return _prepare(config, card, opened, reasons)
-    except BaseException:
-        for each in opened:
-            each.backend.close()
-        raise
+        yield
+    except (TypeError, ValueError, AttributeError, LookupError) as error:  # say, one of images has no place for ids
+        raise Permanent(
+            f"model '{card.name}' from {card.folder} cannot be run ({models.in_short(error)}): "
+            "it is damaged, or no model of texts; copy or download it again, or choose another one"
+        ) from error
 
 
 def _prepare(config: EngineConfig, card: ModelCard, opened: Sequence[Opened], reasons: dict[str, str]) -> Loaded:
     backend = opened[0].backend
-    tokenizer = Tokenizer(models.load_tokenizer(card), backend.info.length_max)
+    with models.translated(card, "tokenizer"):
+        tokenizer = Tokenizer(models.load_tokenizer(card), backend.info.length_max)
     ladder = Ladder(config.ladder, backend.info.length_max)
     reasons["buckets"] = f"{', '.join(map(str, ladder.edges))} tokens"
     devices = measure_devices(config, opened, ladder, reasons)
@@ -127,9 +151,10 @@ def _prepare(config: EngineConfig, card: ModelCard, opened: Sequence[Opened], re
     offered = tasks.build(
         backend.info,
         config.labels,
-        lambda texts: embed(backend, tokenizer, texts, config.text_bytes_max),
+        lambda texts: embed(card, backend, tokenizer, texts, config.text_bytes_max),
         tokenizer.align,
         config.span_aggregation,
+        str(card.config.get("problem_type") or ""),
     )
     reasons["tasks"] = ", ".join(sorted(offered))
     zero_shot = offered.get("classify")
@@ -161,26 +186,45 @@ def _reading(config: EngineConfig, offered: Mapping[str, Task]) -> str:
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]
 
 
-def embed(backend: Backend, tokenizer: Tokenizer, texts: Sequence[str], bytes_max: int) -> "npt.NDArray[np.float32]":
-    """Embeds a few texts at start-up, [texts, width].
+def vocabulary_of(card: ModelCard) -> int:
+    """Tokens that a model knows; 0 when it does not say."""
+    size = card.config.get("vocab_size")
+    return size if isinstance(size, int) else 0
+
+
+def embed(
+    card: ModelCard, backend: Backend, tokenizer: Tokenizer, texts: Sequence[str], bytes_max: int
+) -> "npt.NDArray[np.float32]":
+    """Embeds the labels' descriptions, [texts, width]: the first texts that a model sees.
 
     Raises:
         ConfigError: one of them is no valid text.
+        Permanent: tokenizer and weights do not belong together, or the weights are no numbers.
     """
     import numpy as np
-
-    from sluice.errors import ConfigError
 
     for text in texts:
         _, error = check(text, bytes_max)
         if error:
             raise ConfigError(f"engine.labels: description {text!r}: {error}")
     rows = [tokens.ids for tokens in tokenizer.encode(texts)]
+    known, highest = vocabulary_of(card), max(int(row.max()) for row in rows)
+    if 0 < known <= highest:
+        raise Permanent(
+            f"model '{card.name}': {card.folder / 'tokenizer.json'} is of another model: it gives token {highest}, and "
+            f"this one knows {known}; copy or download the model again"
+        )
     outputs: list[npt.NDArray[np.floating[Any]]] = []
     for start in range(0, len(rows), _EMBED_ROWS):
         part = rows[start : start + _EMBED_ROWS]
         outputs += backend.collect(backend.submit(part, max(len(row) for row in part)))
-    return np.stack(outputs)[:, : backend.info.embedding_width].astype(np.float32)
+    vectors = np.stack(outputs)[:, : backend.info.embedding_width].astype(np.float32)
+    if not np.isfinite(vectors).all():
+        raise Permanent(
+            f"model '{card.name}': what it computes is not finite (NaN or infinity): the weights in {card.folder} are "
+            "damaged, copy or download the model again; or set engine.precision to fp32"
+        )
+    return vectors
 
 
 def calm_openmp() -> None:

@@ -8,8 +8,10 @@ allows it. Python code that comes with a model is never run.
 Fails: `Permanent`, naming the model or the file and the way out.
 """
 
+import errno
 import hashlib
-import json
+import os
+import re
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,14 +20,22 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from engine.config import DEFAULT_MODEL
-from sluice.errors import Permanent
+from engine.model_files import AGAIN, optional_json, read_json, regular, unreadable, weights_digest
+from engine.sentence_folder import pooling_of
+from sluice.errors import Permanent, Retryable, SluiceError
 
 # Only what loading needs: hubs also carry ONNX, TensorFlow and pickles of the same model.
 _HUB_FILES: Final = ("*.json", "*.safetensors", "*.txt", "*.model")
-# Enough of a weights file to tell two models apart without reading gigabytes: both ends and the size.
-_PROBE_BYTES: Final = 1 << 20
 # Tokenizers without a limit say so with a number like 1e30.
 _NO_LIMIT: Final = 1 << 20
+# Of a library's message: no more of it is told; a shorter one, such as a KeyError's, says nothing by itself.
+_MESSAGE_MAX, _MESSAGE_MIN = 300, 20
+# What the system lacks, by its number; and how libraries tell of that, and of a device that fails.
+_SHORTAGES: Final = frozenset({errno.ENOMEM, errno.EMFILE, errno.ENFILE})
+_MACHINE: Final = (
+    *("out of memory", "enough memory", "allocate memory", "cuda error", "cuda driver", "cuda gpu", "nvidia driver"),
+    *("cudnn error", "cublas_status", "hip error"),
+)
 # Families whose position table has extra rows in front of position 0.
 _OFFSET_POSITIONS: Final = {"roberta": 2, "xlm-roberta": 2, "camembert": 2, "mpnet": 2}
 
@@ -39,8 +49,15 @@ _HEADS: Final[dict[str, "Kind"]] = {
     "ForImageTextToText": "generation",
     "ForVision2Seq": "generation",
 }
+# Heads that are left off without harm: the encoder under them is what embeddings are made from.
+_BARE: Final = ("ForMaskedLM", "ForPreTraining", "ForTextEncoding")
 # What decides a model's results beside its weights.
-_CONTENT: Final = ("config.json", "tokenizer.json", "vocab.txt", "1_Pooling/config.json", "sentence_bert_config.json")
+_CONTENT: Final = (
+    "config.json",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
+    *("sentence_bert_config.json", "modules.json"),
+)
 _GENERATION_CONTENT: Final = ("generation_config.json", "chat_template.jinja", "processor_config.json")
 
 Kind = Literal["embedding", "classification", "tokens", "generation"]
@@ -74,35 +91,43 @@ class ModelCard:
 
 def locate(model: str, *, allow_download: bool) -> Path:
     """The folder of a model: a path, a pip package, or the hub cache, in this order."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if package := _package_folder(model):
-        return package
+    try:
+        path = Path(model).expanduser()
+        if path.is_dir():
+            return path
+        if package := _package_folder(model):
+            return package
+    except (OSError, RuntimeError, ValueError) as error:  # too long, not to be entered, or of nobody's home
+        raise Permanent(
+            f"model '{model}': cannot be looked for: {error}; set engine.model to a model folder"
+        ) from error
     return _hub_folder(model, allow_download=allow_download)
 
 
 def read_card(model: str, folder: Path) -> ModelCard:
     """Reads the folder's own description."""
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise Permanent(f"model '{model}': {folder} has no safetensors weights (pickled weights are not read)")
     try:
         _require_known(model, folder, config)
         kind = _kind(folder, config)
+        pooling = pooling_of(folder) if kind in {"embedding", "classification"} else "mean"
         return ModelCard(
             name=model,
             folder=folder,
-            version=_version(folder, weights, kind),
+            version=_version(folder, weights, kind, pooling),
             kind=kind,
             length_max=_length_max(folder, config),
-            pooling=_pooling(folder),
+            pooling=pooling,
             labels=_labels(config) if kind in {"classification", "tokens"} else (),
             config=config,
         )
-    except (TypeError, ValueError, AttributeError, LookupError) as error:
-        raise Permanent(f"{folder / 'config.json'}: damaged: {error}; copy or download the model again") from error
+    except OSError as error:
+        raise unreadable(error, folder) from error
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        raise Permanent(f"{folder / 'config.json'}: damaged: {error}; {AGAIN}") from error
 
 
 def load_tokenizer(card: ModelCard) -> Any:
@@ -140,8 +165,8 @@ def load_weights(card: ModelCard, factory: Any, dtype: Any) -> Any:
     Raises:
         Permanent: naming the damaged file, or the first weight that is missing.
     """
-    _check_weights(card)
     with quiet(), translated(card, "weights"):
+        _check_weights(card)
         model, report = factory.from_pretrained(
             str(card.folder),
             dtype=dtype,
@@ -149,13 +174,19 @@ def load_weights(card: ModelCard, factory: Any, dtype: Any) -> Any:
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # told below, by name
             output_loading_info=True,
+        )
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        raise Permanent(
+            f"model '{card.name}': cannot load the weights from {card.folder}: {name} has the shape {tuple(found)}, "
+            f"and config.json asks for {tuple(wanted)}: they are of two models; {AGAIN}"
         )
     # transformers fills what is missing with random numbers and only logs it. The pooler of a bare encoder
     # is not used.
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
-        raise Permanent(f"model '{card.name}': {card.folder} lacks {len(missing)} weights, first {missing[0]}")
+        raise Permanent(f"model '{card.name}': {card.folder} lacks {len(missing)} weights, first {missing[0]}; {AGAIN}")
     return model.eval()
 
 
@@ -188,49 +219,30 @@ def _hub_folder(model: str, *, allow_download: bool) -> Path:
         ) from error
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise Permanent(f"{file.parent} is not a model folder: it has no {file.name}") from error
-    except (OSError, ValueError) as error:
-        raise Permanent(f"{file}: damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise Permanent(f"{file}: damaged: not a JSON object")
-    return content
-
-
-def _optional_json(file: Path) -> dict[str, Any]:
-    return _json(file) if file.exists() else {}
-
-
 def _length_max(folder: Path, config: dict[str, Any]) -> int:
     offset = _OFFSET_POSITIONS.get(str(config.get("model_type")), 0)
     stated = (
-        _optional_json(folder / "sentence_bert_config.json").get("max_seq_length"),
-        _optional_json(folder / "tokenizer_config.json").get("model_max_length"),
+        _limit(folder / "sentence_bert_config.json", "max_seq_length"),
+        _limit(folder / "tokenizer_config.json", "model_max_length"),
         int(config.get("max_position_embeddings") or _NO_LIMIT) - offset,
     )
-    return min(int(limit) for limit in (*stated, 8192) if limit and 0 < limit < _NO_LIMIT)
+    return min(int(limit) for limit in (*stated, 8192) if 0 < limit < _NO_LIMIT)
 
 
-def _pooling(folder: Path) -> Literal["mean", "cls"]:
-    config = _optional_json(folder / "1_Pooling" / "config.json")
-    cls = config.get("pooling_mode_cls_token") or config.get("pooling_mode") == "cls"
-    return "cls" if cls else "mean"
+def _limit(file: Path, key: str) -> float:
+    """A number in an optional file; 0 when it is not stated."""
+    value = optional_json(file).get(key) or 0
+    if not isinstance(value, int | float):
+        raise Permanent(f"{file}: damaged: {key} is no number; {AGAIN}")
+    return value
 
 
-def _version(folder: Path, weights: list[Path], kind: Kind) -> str:
-    digest = hashlib.blake2b(digest_size=6)
+def _version(folder: Path, weights: list[Path], kind: Kind, pooling: str) -> str:
+    digest = hashlib.blake2b(pooling.encode(), digest_size=6)
     for name in (*_CONTENT, *(_GENERATION_CONTENT if kind == "generation" else ())):
         file = folder / name
-        digest.update(file.read_bytes() if file.exists() else b"-")
-    for file in weights:
-        size = file.stat().st_size
-        with file.open("rb") as content:
-            digest.update(size.to_bytes(8, "little") + content.read(_PROBE_BYTES))
-            content.seek(max(0, size - _PROBE_BYTES))
-            digest.update(content.read(_PROBE_BYTES))
+        digest.update(regular(file).read_bytes() if os.path.lexists(file) else b"-")
+    digest.update(weights_digest(map(regular, weights)))
     return digest.hexdigest()
 
 
@@ -242,9 +254,15 @@ def _architecture(config: dict[str, Any]) -> str:
 def _kind(folder: Path, config: dict[str, Any]) -> Kind:
     architecture = _architecture(config)
     kind: Kind = next((kind for end, kind in _HEADS.items() if architecture.endswith(end)), "embedding")
-    # Embedding models that were made from a language model keep its architecture's name.
-    made_to_embed = kind == "generation" and (folder / "modules.json").exists()
-    return "embedding" if made_to_embed else kind
+    # Embedding models that were made from another model keep its architecture's name.
+    made_to_embed = (folder / "modules.json").exists()
+    bare = architecture.endswith(_BARE) or not re.search("For[A-Z]", architecture)
+    if kind == "embedding" and not (bare or made_to_embed):
+        raise Permanent(
+            f"{folder / 'config.json'}: a model of the architecture {architecture} is not made for embeddings, and its "
+            "own task is none of the engine's. Choose an embedding model, or one that classifies texts or tokens"
+        )
+    return "embedding" if kind == "generation" and made_to_embed else kind
 
 
 def _labels(config: dict[str, Any]) -> tuple[str, ...]:
@@ -282,36 +300,58 @@ def _check_weights(card: ModelCard) -> None:
     """Names the file that is damaged or missing; transformers names the folder at best. Reads headers only."""
     from safetensors import SafetensorError, safe_open
 
-    again = "copy or download the model again"
     index = card.folder / "model.safetensors.index.json"
-    for name in sorted(set(map(str, _optional_json(index).get("weight_map", {}).values()))):
+    parts = optional_json(index).get("weight_map", {})
+    if not isinstance(parts, dict):
+        raise Permanent(f"{index}: damaged: weight_map is no JSON object; {AGAIN}")
+    for name in sorted(set(map(str, parts.values()))):
         if not (card.folder / name).exists():
-            raise Permanent(f"model '{card.name}': cannot load the weights: {card.folder / name} is missing; {again}")
+            raise Permanent(f"model '{card.name}': cannot load the weights: {card.folder / name} is missing; {AGAIN}")
     for file in sorted(card.folder.glob("*.safetensors")):
         try:
             with safe_open(file, "np"):
                 pass
         except (SafetensorError, OSError) as error:
+            if _of_machine(error):
+                raise
             with file.open("rb") as content:
                 pointer = content.read(24).startswith(b"version https://git-lfs")
             why = (
-                "a Git LFS pointer instead of weights: run 'git lfs pull'" if pointer else f"damaged ({error}); {again}"
+                "a Git LFS pointer instead of weights: run 'git lfs pull'" if pointer else f"damaged ({error}); {AGAIN}"
             )
             raise Permanent(f"model '{card.name}': cannot load the weights: {file}: {why}") from error
 
 
 @contextmanager
 def translated(card: ModelCard, what: str) -> Iterator[None]:
-    """Whatever a library raises for a damaged model, as Permanent."""
+    """Whatever a library raises for a damaged model, as Permanent; lack of memory or a failing device as Retryable."""
     try:
         yield
-    except Permanent:
+    except (SluiceError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # transformers, safetensors and tokenizers raise what they like for damage
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
+    except BaseException as error:  # they raise what they like for damage, and a panic in Rust is no Exception
+        if _of_machine(error):
+            raise Retryable(
+                f"model '{card.name}': cannot load the {what} now: {in_short(error)}; the files may be in order: free "
+                "memory or look after the device, and start again"
+            ) from error
+        why = f"{in_short(error)}; {AGAIN}"
         if what == "tokenizer" and not (card.folder / "tokenizer.json").exists():
-            first = f"it has no tokenizer.json; copy or download it again ({first})"
-        raise Permanent(f"model '{card.name}': cannot load the {what} from {card.folder}: {first}") from error
+            why = f"it has no tokenizer.json; copy or download it again ({in_short(error)})"
+        raise Permanent(f"model '{card.name}': cannot load the {what} from {card.folder}: {why}") from error
+
+
+def _of_machine(error: BaseException) -> bool:
+    """Whether memory or the device is to blame, and not the model."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _SHORTAGES
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in _MACHINE)
+
+
+def in_short(error: BaseException) -> str:
+    """A library's error on one line; some take a page for it."""
+    text = " ".join(str(error).split())[:_MESSAGE_MAX]
+    return text if len(text) > _MESSAGE_MIN else f"{type(error).__name__}: {text}"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How far a text is from what its stream usually says. Pure, bounded.
+r"""How far a text is from what its stream usually says. Pure, bounded.
 
 Per stream a fixed number of centroids stands for the kinds of text that were seen: a text nearer than
 `merge_similarity` to one moves it a little towards itself, another text opens a new one, in the place of
@@ -7,12 +7,16 @@ the text itself is learnt, in [0, 1]: 0 is said all the time, values above about
 stream. A new stream knows nothing yet, so its novelty is scaled up from 0 over its first texts instead of
 alarming on each of them.
 
-State: streams_max * centroids_max vectors; the stream that was quiet longest is forgotten first.
+State: streams_max * centroids_max vectors; the stream that was quiet longest is forgotten first. `pack` and `unpack`
+carry it over a restart exactly: magic "SLNOV1\0\0" | crc32 of the rest u32 little-endian | MessagePack of `_Packed`.
 """
 
+import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Container, Sequence
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import msgspec
 
 from engine.config import NoveltyConfig
 
@@ -26,6 +30,26 @@ HALF_LIFE_TEXTS: Final = 5000
 LEARNING_MIN: Final = 0.02
 # Uses are stored multiplied by a growing factor; rescaled before it overflows.
 _SCALE_MAX: Final = 1e30
+_MAGIC: Final = b"SLNOV1\0\0"
+_HEAD_BYTES: Final = len(_MAGIC) + 4
+# In a packed state: names that are longer are left out, and what else a stream takes beside its vectors.
+_NAME_BYTES_MAX: Final = 512
+_STREAM_BYTES: Final = 512
+
+
+class _PackedStream(msgspec.Struct, array_like=True):
+    name: bytes
+    seen: int
+    scale: float
+    uses: bytes  # float64, little-endian
+    centroids: bytes  # float32, little-endian
+
+
+class _Packed(msgspec.Struct):
+    space: str
+    settings: NoveltyConfig
+    width: int
+    streams: list[_PackedStream]
 
 
 class Novelty:
@@ -34,15 +58,31 @@ class Novelty:
     Args:
         config: the bounds.
         width: of the vectors.
+        space: names what the vectors are comparable with (`Loaded.output_version`).
+
+    Attributes:
+        texts: read so far: whether there is anything new to keep.
     """
 
-    def __init__(self, config: NoveltyConfig, width: int) -> None:
+    def __init__(self, config: NoveltyConfig, width: int, space: str = "") -> None:
         self._config = config
         self._width = width
+        self._space = space
         self._streams: OrderedDict[str, _Stream] = OrderedDict()
+        self.texts = 0
 
     def __len__(self) -> int:
         return len(self._streams)
+
+    def fits(self, config: NoveltyConfig, width: int, space: str) -> bool:
+        """Whether a Novelty made with these would mean the same."""
+        return (config, width, space) == (self._config, self._width, self._space)
+
+    @property
+    def packed_bytes_max(self) -> int:
+        """What `pack` gives at most."""
+        stream = _NAME_BYTES_MAX + _STREAM_BYTES + self._config.centroids_max * (4 * self._width + 8)
+        return (self._config.streams_max + 1) * stream
 
     def read(self, stream: str, rows: "Sequence[npt.NDArray[np.floating[Any]]]") -> list[float]:
         """Scores texts in their order and learns them.
@@ -56,6 +96,7 @@ class Novelty:
 
         if not rows:
             return []
+        self.texts += len(rows)
         known = self._streams.get(stream)
         if known is None:
             known = self._streams[stream] = _Stream(self._config, self._width)
@@ -64,6 +105,35 @@ class Novelty:
             self._streams.popitem(last=False)
         vectors = np.stack(rows)[:, : self._width].astype(np.float32)
         return [known.score(vector) if np.isfinite(vector).all() else 0.0 for vector in vectors]
+
+    def pack(self, skip: Container[str] = ()) -> bytes:
+        """What is known, but for the streams that are skipped."""
+        known = {name: each for name, each in self._streams.items() if name not in skip}
+        names = {name.encode("utf-8", "surrogatepass"): each for name, each in known.items()}
+        streams = [each.pack(name) for name, each in names.items() if len(name) <= _NAME_BYTES_MAX]
+        packed = _Packed(self._space, self._config, self._width, [each for each in streams if each.uses])
+        body = msgspec.msgpack.encode(packed)
+        return _MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
+
+    def unpack(self, data: bytes) -> None:
+        """Knows what `pack` wrote, and nothing else.
+
+        Raises:
+            ValueError: it is damaged, or of another space or other settings; nothing was changed.
+        """
+        body = memoryview(data)[_HEAD_BYTES:]
+        if data[:_HEAD_BYTES] != _MAGIC + zlib.crc32(body).to_bytes(4, "little"):
+            raise ValueError("damaged, or no memory of streams")
+        try:
+            packed = msgspec.msgpack.decode(body, type=_Packed)
+        except msgspec.MsgspecError as error:
+            raise ValueError(f"of another version: {error}") from error
+        if not self.fits(packed.settings, packed.width, packed.space):
+            raise ValueError("of another model or other settings of novelty")
+        self._streams = OrderedDict(
+            (each.name.decode("utf-8", "surrogatepass"), _Stream.unpacked(self._config, self._width, each))
+            for each in packed.streams
+        )
 
 
 class _Stream:
@@ -77,6 +147,24 @@ class _Stream:
         # Grows by doubling: most streams say few kinds of things.
         self._centroids = np.zeros((min(8, config.centroids_max), width), np.float32)
         self._uses = np.zeros(len(self._centroids))
+
+    @classmethod
+    def unpacked(cls, config: NoveltyConfig, width: int, packed: _PackedStream) -> Self:
+        """What `pack` gave, again."""
+        import numpy as np
+
+        stream = cls(config, width)
+        stream._seen, stream._scale = packed.seen, packed.scale
+        stream._uses = np.frombuffer(packed.uses, "<f8").copy()
+        stream._centroids = np.frombuffer(packed.centroids, "<f4").reshape(-1, width).copy()
+        stream._count = len(stream._uses)
+        return stream
+
+    def pack(self, name: bytes) -> _PackedStream:
+        """As bytes; without uses when it knows nothing yet."""
+        uses = self._uses[: self._count].astype("<f8").tobytes()
+        centroids = self._centroids[: self._count].astype("<f4").tobytes()
+        return _PackedStream(name, self._seen, self._scale, uses, centroids)
 
     def score(self, vector: "npt.NDArray[np.float32]") -> float:
         """Novelty of one text, which is learnt afterwards."""

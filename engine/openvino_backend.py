@@ -23,7 +23,7 @@ from engine.backend import BackendInfo, DeviceMemory, DeviceOutOfMemory, Precisi
 from engine.config import EngineConfig
 from engine.models import ModelCard
 from engine.packing import cut, pad
-from engine.probe import PROBE_LENGTH, PROBE_ROWS, measure, probe_batch
+from engine.probe import AGREEMENT_MIN, PROBE_LENGTH, PROBE_ROWS, SPEEDUP_MIN, measure, probe_batch
 from engine.torch_forms import least_cosine
 
 if TYPE_CHECKING:
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 HINTS: Final[dict[Precision, str]] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 # What the plugin calls the precisions that it has instructions for.
 _CAPABILITIES: Final[dict[Precision, str]] = {"bf16": "BF16", "fp16": "FP16"}
-# Half precision must be worth its rounding, and must agree with fp32 on the probe.
-SPEEDUP_MIN: Final = 1.15
-AGREEMENT_MIN: Final = 0.999
 _NO_MEMORY: Final = ("bad_alloc", "not enough memory", "can't allocate", "cannot allocate", "failed to allocate")
 
 

@@ -92,12 +92,15 @@ class Preparer:
         cached = not self._skip & {stream, "*"}
         if self._tokens is not None:
             self._tokens.refresh()
-        prepared, left = [], []
+        prepared: list[Prepared] = []
+        left: list[tuple[Prepared, str]] = []
         for text in texts:
             item = self._look_up(text, cached=cached)
             prepared.append(item)
             if item.ids is None and item.output is None and not item.error:
-                left.append((item, str(text)))
+                assert isinstance(text, str), "anything else has an error"
+                # What was hashed, and not what a subclass (an Enum) says about itself.
+                left.append((item, str.__str__(text)))
         self._tokenize(left, cached=cached)
         return prepared
 

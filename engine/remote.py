@@ -56,16 +56,16 @@ class RemoteBackend:
 
     Args:
         spec: what it hosts.
+        child: a process that was started for it; None: it starts one.
     """
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, child: "_Child | None" = None) -> None:
         self._spec = spec
-        self._child = _Child()
+        self._child = child or _Child()
         self._closed = False
         self._tickets = count()
         try:
-            self._channel.send(wire.Open(spec.opener, spec.arguments, list(spec.cpus)), seconds_max=spec.start_s_max)
-            ready = self._ask(None, wire.Ready, spec.start_s_max)
+            ready = self._ask(wire.Open(spec.opener, spec.arguments, list(spec.cpus)), wire.Ready, spec.start_s_max)
         except DeviceLost as lost:
             self.close()
             raise Retryable(f"a worker did not start: {lost}") from lost
@@ -132,12 +132,10 @@ class RemoteBackend:
     def _channel(self) -> wire.Channel:
         return self._child.channel
 
-    def _ask(self, request: wire.Request | None, kind: type[_Answer], seconds_max: float) -> _Answer:
+    def _ask(self, request: wire.Request, kind: type[_Answer], seconds_max: float) -> _Answer:
         return self._answer(request, kind, seconds_max)[0]
 
-    def _answer(
-        self, request: wire.Request | None, kind: type[_Answer], seconds_max: float
-    ) -> tuple[_Answer, memoryview]:
+    def _answer(self, request: wire.Request, kind: type[_Answer], seconds_max: float) -> tuple[_Answer, memoryview]:
         """Sends a request and returns its answer.
 
         Raises:
@@ -145,8 +143,7 @@ class RemoteBackend:
             Exception: what the backend raised.
         """
         try:
-            if request is not None:
-                self._channel.send(request, seconds_max=seconds_max)
+            self._channel.send(request, seconds_max=seconds_max)
             answer, arrays = self._channel.answer(seconds_max)
         except (EOFError, OSError, ValueError) as error:  # also of msgspec: a ValueError
             raise self._lost(error) from error
@@ -166,6 +163,39 @@ class RemoteBackend:
         return DeviceLost(f"worker process {self.pid} {self._child.how if gone else f'was killed: {error}'}")
 
 
+class ReopenWorker:
+    """Opens workers of one kind, one after another. See `Reopen`.
+
+    Attributes:
+        spec: what they host.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
+        self._cancelled = threading.Event()
+        self._child: _Child | None = None
+
+    def __call__(self) -> RemoteBackend:
+        """See `Reopen`; raises what `RemoteBackend` does."""
+        if self._cancelled.is_set():
+            raise Retryable("a worker was not started: nobody waits for it any more")
+        self._child = child = _Child()
+        # Again: `cancel` sets first and looks for the process then, so one of the two sees the other.
+        if self._cancelled.is_set():
+            child.kill()
+        try:
+            return RemoteBackend(self.spec, child)
+        finally:
+            self._child = None
+
+    def cancel(self) -> None:
+        """See `Reopen`. Kills the process that is being opened, for whose end the call waits."""
+        self._cancelled.set()
+        child = self._child
+        if child is not None:
+            child.strike()
+
+
 class _Child:
     """The process, with the thread that starts it and waits for its end."""
 
@@ -176,7 +206,7 @@ class _Child:
         self._theirs = theirs
         self._started = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         self._lock = threading.Lock()
         self._watchers: list[Callable[[], None]] = []
         self._keeper = threading.Thread(target=self._keep, name="engine-worker-keeper", daemon=True)
@@ -215,10 +245,14 @@ class _Child:
         self._keeper.join()
 
     def kill(self) -> None:
-        """Ends it now."""
+        """Ends it now, and waits for its end."""
+        self.strike()
+        self.ended.wait()
+
+    def strike(self) -> None:
+        """Ends it soon."""
         if not self.ended.is_set() and self._process is not None:
             self._process.kill()
-            self.ended.wait()
 
     def _keep(self) -> None:
         descriptor = self._theirs.fileno()
@@ -228,7 +262,7 @@ class _Child:
             self._process = subprocess.Popen(
                 command, pass_fds=(descriptor,), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
             )
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - whoever started it must not wait for ever
             self._error = error
             self._started.set()
             return

@@ -85,6 +85,17 @@ class Runner:
         """Figures of each device."""
         return tuple(device.snapshot() for device in self._devices)
 
+    def admit(self, priority: Priority) -> None:
+        """Asks whether there is room for anything.
+
+        Raises:
+            Backpressure: the queue is full.
+            Retryable: the engine is stopping, or has had no device for too long.
+        """
+        with self._changed:
+            self._require_running()
+            self._scheduler.admit(1, priority)
+
     def add(self, items: Sequence[Item], rows: "Sequence[npt.NDArray[np.int32]]") -> None:
         """Accepts all items with their token ids, or none.
 
@@ -93,8 +104,7 @@ class Runner:
             Retryable: the engine is stopping, or has had no device for too long.
         """
         with self._changed:
-            if self.stopping or self._refusing:
-                raise Retryable(self._refusing or "the engine is stopping")
+            self._require_running()
             self._scheduler.add(items)
             self._rows.update((item.id, row) for item, row in zip(items, rows, strict=True))
             self._changed.notify_all()
@@ -113,10 +123,20 @@ class Runner:
             self._scheduler.promote(item_id, priority, deadline_s)
 
     def stop(self) -> None:
-        """Ends `run` after what is under way; what still waits is reported as an error. Idempotent."""
+        """Ends `run` after the batches under way; what still waits is reported as an error. Idempotent.
+
+        A device that is being opened anew is not waited for.
+        """
         with self._changed:
             self.stopping = True
             self._changed.notify_all()
+        for device in self._devices:
+            if device.reopen is not None:
+                device.reopen.cancel()
+
+    def _require_running(self) -> None:
+        if self.stopping or self._refusing:
+            raise Retryable(self._refusing or "the engine is stopping")
 
     def run(self) -> None:
         """Works until stopped, or until no device is left that could be brought back.

@@ -17,8 +17,8 @@ Rules, in their order:
   in a padded batch, real tokens in a packed one.
 * An item that is to run alone (a device died on it) leads as any other, and shares its batch with nobody.
 * What is past its deadline is returned as expired before it costs compute.
-* Back-pressure: a call is accepted whole or refused whole, by tokens waiting; a share of the queue is for
-  online calls.
+* Back-pressure, by tokens waiting: what is added together is accepted whole or refused whole; a share of the
+  queue is for online calls.
 
 Fails: `add` raises Backpressure; nothing else does.
 """
@@ -69,11 +69,13 @@ class Terms:
         tokens: budget: padded tokens, or real ones when it is packed.
         cost: of this device.
         packed: it computes no padding.
+        row_steps: see `BackendInfo.row_steps`.
     """
 
     tokens: int
     cost: CostModel
     packed: bool = False
+    row_steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,14 +141,12 @@ class Scheduler:
             return 0.0
         return min(max(excess * self.token_s, RETRY_AFTER_S_MIN), RETRY_AFTER_S_MAX)
 
-    def add(self, items: Sequence[Item]) -> None:
-        """Accepts all items or none.
+    def admit(self, tokens: int, priority: Priority) -> None:
+        """Asks for room.
 
         Raises:
             Backpressure: too many tokens wait.
         """
-        tokens = sum(item.tokens for item in items)
-        priority = max((item.priority for item in items), default=Priority.BACKGROUND)
         delay_s = self.room(tokens, priority)
         if delay_s > 0:
             raise Backpressure(
@@ -154,6 +154,15 @@ class Scheduler:
                 f"{self.limits.queue_tokens} (engine.queue_tokens_max)",
                 retry_after_s=delay_s,
             )
+
+    def add(self, items: Sequence[Item]) -> None:
+        """Accepts all items or none.
+
+        Raises:
+            Backpressure: too many tokens wait.
+        """
+        priority = max((item.priority for item in items), default=Priority.BACKGROUND)
+        self.admit(sum(item.tokens for item in items), priority)
         for item in items:
             self._enqueue(item)
 
@@ -193,7 +202,8 @@ class Scheduler:
         expired = tuple(self._expire(now_s))
         if not self._items:
             return Assignment((), 0, expired)
-        filling = Filling(self._ladder.edges, self._waiting, terms.tokens, self.limits.batch_rows, terms.cost)
+        rows = self.limits.batch_rows
+        filling = Filling(self._ladder.edges, self._waiting, terms.tokens, rows, terms.cost, terms.row_steps)
         lead, first = self._lead(now_s, filling, packed=terms.packed)
         if lead == _ALONE:
             batch = [self._take(self._lanes[_ALONE][first])]

@@ -4,7 +4,8 @@ The engine holds one of these per model and, while a model is replaced, the old 
 lives on the event loop's thread; the compute thread loads the model, drives its device and posts what it has to say.
 
 States: opening -> serving -> retiring (takes no new call, those under way go on) -> closed; or broken, when the compute
-thread died: every call gets that error until the model is replaced.
+thread died: every call gets that error until the model is replaced. While all of its devices are gone for too long it
+serves, but is not ready: the runner refuses calls until one is back.
 """
 
 import asyncio
@@ -20,8 +21,11 @@ from engine.failures import EngineStopped
 from engine.fleet import DeviceEvent, DeviceStats, Recovery
 from engine.loading import Loaded
 from engine.models import locate, read_card
+from engine.novelty import Novelty
 from engine.runner import Report, Runner
 from engine.session import Session
+from engine.stats import Figures
+from engine.turns import Turns
 from sluice.errors import Retryable, SluiceError
 
 Load = Callable[[EngineConfig], Loaded]
@@ -58,14 +62,18 @@ class ServedModel:
         config: the engine's section, as it holds for this model.
         load: opens the model, on the compute thread.
         host: the thread that prepares texts and reads results; shared by all models of an engine.
+        turns: whose turn it is there.
         listener: told what happens.
     """
 
-    def __init__(self, config: EngineConfig, load: Load, host: ThreadPoolExecutor, listener: Listener) -> None:
+    def __init__(
+        self, config: EngineConfig, load: Load, host: ThreadPoolExecutor, turns: Turns, listener: Listener
+    ) -> None:
         self.config = config
         self.refusing = "the engine is not started"
         self._load = load
         self._host = host
+        self._turns = turns
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._started: asyncio.Future[None] = self._loop.create_future()
@@ -76,14 +84,20 @@ class ServedModel:
         self._idle.set()
         self._closed = False
         self._closing: asyncio.Task[None] | None = None
+        self._known: Novelty | None = None
+        self._down = False
 
-    async def open(self) -> None:
+    async def open(self, before: "ServedModel | None" = None) -> None:
         """Loads, measures and warms up; ready afterwards.
+
+        Args:
+            before: the model that this one replaces: what it knows of streams is taken over, where that fits.
 
         Raises:
             Permanent: the model is not there or damaged.
             ConfigError: device or labels are wrong.
         """
+        self._known = before.novelty if before else None
         self._thread.start()
         await self._started
 
@@ -98,6 +112,11 @@ class ServedModel:
         return self._session is not None
 
     @property
+    def ready(self) -> bool:
+        """Whether it can be called and has a device to run on."""
+        return not self.refusing and not self._down
+
+    @property
     def session(self) -> Session:
         """The session.
 
@@ -107,6 +126,11 @@ class ServedModel:
         if self.refusing or self._session is None:
             raise Retryable(self.refusing or "the engine is not started")
         return self._session
+
+    @property
+    def novelty(self) -> Novelty | None:
+        """What streams usually say; None before it is open, and when it is off."""
+        return self._session.novelty if self._session else None
 
     @property
     def tasks(self) -> frozenset[str]:
@@ -124,12 +148,12 @@ class ServedModel:
         return self._session.loaded.card.version if self._session else ""
 
     @property
-    def figures(self) -> tuple[int, float, int]:
-        """Tokens waiting, seconds that the device was busy, texts coalesced; zeros before it is open."""
+    def figures(self) -> Figures:
+        """What it is doing now, and did so far; zeros before it is open."""
         if self._session is None:
-            return 0, 0.0, 0
+            return Figures()
         runner = self._session.runner
-        return runner.queued_tokens, runner.busy_s, self._session.flights.coalesced
+        return Figures(runner.queued_tokens, runner.busy_s, self._session.flights.coalesced)
 
     @property
     def devices(self) -> tuple[DeviceStats, ...]:
@@ -192,7 +216,7 @@ class ServedModel:
                 loaded.devices,
                 loaded.scheduler,
                 lambda report: self._post(self._settle, report),
-                on_event=lambda event: self._post(self._listener.device, event),
+                on_event=lambda event: self._post(self._happened, event),
                 recovery=Recovery.of(self.config),
             )
             self._post(self._opened, loaded, runner)
@@ -208,7 +232,10 @@ class ServedModel:
             self._not_opened(EngineStopped(self.refusing))
             return
         try:
-            self._session = Session(self.config, loaded, runner, self._host, time.monotonic, self._listener.damaged)
+            known, self._known = self._known, None
+            damaged = self._listener.damaged
+            host, turns = self._host, self._turns
+            self._session = Session(self.config, loaded, runner, host, turns, time.monotonic, damaged, known)
         except Exception as error:  # noqa: BLE001 - it is raised again where `open` waits
             runner.stop()
             self._not_opened(error)
@@ -226,6 +253,11 @@ class ServedModel:
         self._listener.failed(error)
         if self._session is not None:
             self._session.flights.fail(EngineStopped(self.refusing))
+
+    def _happened(self, event: DeviceEvent) -> None:
+        if event.kind in {"down", "up"}:
+            self._down = event.kind == "down"
+        self._listener.device(event)
 
     def _settle(self, report: Report) -> None:
         if self._session is not None:

@@ -12,9 +12,9 @@ await engine.drain(5.0)
 ```
 
 Threads: the event loop keeps the books (`session`, `flights`), one host thread prepares texts and reads results for all
-models, and each model's compute threads drive its devices (`runner`). Work is bounded by tokens waiting: beyond that
-`analyze` raises Backpressure, and nothing of the call was queued. A call with more texts than `engine.chunk_texts` is
-fed piece by piece, so that its size does not matter to others.
+models, online first (`turns`), and each model's compute threads drive its devices (`runner`). Work is bounded by tokens
+and calls waiting: beyond that `analyze` raises Backpressure before the call cost anything. A call with more texts than
+`engine.chunk_texts` or `chunk_chars` is fed piece by piece, so that its size does not matter to others.
 
 Several models: `engine.model` is the default one, `engine.models` adds others by name. A call says which one it means;
 when it does not, the default one serves it if it offers the task, else the first other one that does. Each has a queue,
@@ -26,21 +26,25 @@ raises only for what concerns the whole call: Backpressure (full), Permanent (un
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Final
 
 from engine.analysis import Analysis, failures
-from engine.config import DEFAULT_NAME, EngineConfig
+from engine.config import DEFAULT_NAME, GENERATION_NAME, EngineConfig
 from engine.failures import EngineStopped
-from engine.fleet import DeviceEvent
+from engine.fleet import DeviceEvent, DeviceStats
 from engine.generation import Generator
+from engine.generation_served import ServedGenerator
 from engine.lane import Priority
 from engine.loading import load
 from engine.runner import Report
 from engine.served import Listener, Load, ServedModel, files_version
-from engine.stats import CACHE_DAMAGED, LOADED, REFUSED, EngineCounters, EngineStats
+from engine.stats import CACHE_DAMAGED, LOADED, REFUSED, EngineCounters, EngineStats, Figures, LiveMetrics
+from engine.turns import Turns
 from sluice.errors import Backpressure, Permanent, Retryable
 from sluice.telemetry import Event, Telemetry
 
@@ -80,15 +84,16 @@ class Engine:
         self._load = loader
         self._counters = EngineCounters(telemetry)
         self._host = ThreadPoolExecutor(1, thread_name_prefix="engine-host")
+        self._turns = Turns(config)
         self._models: dict[str, ServedModel] = {}
         self._alive: set[ServedModel] = set()  # those above, and those that are opened or retired
-        self._generator: Generator | None = None
-        self._generating = _of_generation(config)
+        self._generation = ServedGenerator(telemetry)
         self._swapping = asyncio.Lock()
         self._listener = Listener(self._batch, self._damaged, self._failed, self._device)
-        self._past = (0.0, 0)  # busy seconds and coalesced texts of models that are gone
+        self._past = Figures()  # of models that are gone
         self._closed = ""
         self.opened = asyncio.Event()
+        telemetry.registry.register(LiveMetrics(self._figures, self._devices))
 
     @property
     def model(self) -> str:
@@ -114,21 +119,22 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """Whether every model can be called."""
-        generates = self._generator.ready if self._generator else not self._config.generation.model
-        return bool(self._models) and generates and not any(served.refusing for served in self._models.values())
+        """Whether every model can be called and has a device to run on."""
+        generator = self._generation.current
+        generates = generator.ready if generator else not self._config.generation.model
+        return bool(self._models) and generates and all(served.ready for served in self._models.values())
 
     @property
     def generator(self) -> Generator:
-        """Text generation, with the model `engine.generation.model`.
+        """Text generation, with the model `engine.generation.model`. Ask for it anew for each request: it may change.
 
         Raises:
             Permanent: none is configured.
             Retryable: the engine is not running.
         """
-        if self._generator is not None:
-            return self._generator
-        if self._closed or not self.ready:
+        if self._generation.current is not None:
+            return self._generation.current
+        if self._closed or not self.opened.is_set():
             raise Retryable(self._closed or "the engine is not started")
         raise Permanent("no model that generates text is configured: set engine.generation.model")
 
@@ -151,11 +157,16 @@ class Engine:
                 except EngineStopped:
                     return  # drained while it was loaded: nobody calls it any more
                 self._say_loaded(served)
-            await self._replace_generator(self._config)
+            try:
+                await self._replace_generator(self._config)
+            except EngineStopped:
+                return
             self._say_ready()
 
     def plan(self, model: str = DEFAULT_NAME) -> dict[str, str]:
-        """What was chosen for a model at start-up, each with its reason."""
+        """What was chosen for a model at start-up, each with its reason; `generation`: for the one that makes text."""
+        if model == GENERATION_NAME:
+            return self._generation.current.plan() if self._generation.current else {}
         served = self._models.get(model)
         return served.plan() if served else {}
 
@@ -182,10 +193,12 @@ class Engine:
             model: the name of one of the configured models; empty: see the module's docstring.
 
         Raises:
-            Backpressure: too many tokens wait.
-            Permanent: no such model, or no such task with it.
+            Backpressure: too many tokens or calls wait.
+            Permanent: no such model, or no such task with it, or a deadline that is no number.
             Retryable: the engine is not running.
         """
+        if deadline_s is not None and math.isnan(deadline_s):
+            raise Permanent("deadline_s must be a number")
         served = self._find(model, task)
         begun_s = time.monotonic()
         with served.used() as session:
@@ -195,7 +208,7 @@ class Engine:
             except Backpressure:
                 self._telemetry.emit(REFUSED)
                 raise
-            analyses = await session.read(reading, outcomes, texts)
+            analyses = await session.read(reading, outcomes, texts, priority)
         self._counters.caches(session.cache_changes())
         for reason, count in failures(outcomes).items():
             self._counters.failed(reason, count)
@@ -210,7 +223,7 @@ class Engine:
         loaded, the old one stays in place.
 
         Args:
-            name: of the model that is replaced.
+            name: of the model that is replaced; `generation` for the one that generates text.
             model: a package, a folder or a hub id.
 
         Raises:
@@ -219,6 +232,8 @@ class Engine:
         """
         async with self._swapping:
             self._require_open()
+            if name == GENERATION_NAME and self._generation.current is not None:
+                return await self._replace_generator(self._generation.config.with_model(GENERATION_NAME, model))
             served = self._models.get(name)
             if served is None:
                 raise Permanent(f"there is no model '{name}'; there are {', '.join(self._models)}")
@@ -242,10 +257,10 @@ class Engine:
             for name in [name for name in self._models if name not in config.names]:
                 await self._retire(self._models.pop(name))
                 changed.append(name)
-            if _of_generation(config) != self._generating:
+            if await self._generation.is_other(config):
                 await self._replace_generator(config)
-                changed.append("generation")
-            self._config = config
+                changed.append(GENERATION_NAME)
+            self._config = self._turns.config = config
             self._say_ready()
             return changed
 
@@ -263,7 +278,7 @@ class Engine:
         old = self._models.get(name)
         new = self._served(config)
         try:
-            await new.open()
+            await new.open(old)
             self._require_open()  # it may have been closed while this one was loaded
             if old is not None:
                 _require_tasks(old, new)
@@ -278,29 +293,22 @@ class Engine:
             await self._retire(old)
         return new.version
 
-    async def _replace_generator(self, config: EngineConfig) -> None:
-        """Opens the model that generates text as `config` has it, in the place of the one there is now, if any."""
-        new = Generator(config) if config.generation.model else None
+    async def _replace_generator(self, config: EngineConfig) -> str:
+        """Opens the model that generates text as `config` has it; returns its version, or nothing when it has none."""
+        old = await self._generation.open(config)
+        new = self._generation.current
+        version = new.model_version if new else ""
         if new is not None:
-            try:
-                await new.start()
-            except BaseException:
-                await new.close()
-                raise
-            self._telemetry.emit(LOADED, model=new.model, version=new.model_version, plan=new.plan())
-        if self._closed and new is not None:  # while it was loaded
-            await new.close()
-            return
-        old, self._generator = self._generator, new
-        self._generating = _of_generation(config)
+            self._telemetry.emit(LOADED, model=new.model, version=version, plan=new.plan())
         if old is not None:
-            await old.drain(self._config.swap_drain_s)
+            self._telemetry.emit(SWAPPED, model=GENERATION_NAME, version=version, before=old.model_version)
+            await self._generation.retire(old, self._config.swap_drain_s)
+        return version
 
     async def _retire(self, old: ServedModel) -> None:
         await old.retire(self._config.swap_drain_s, "the model was replaced")
         self._alive.discard(old)
-        _, busy_s, coalesced = old.figures
-        self._past = (self._past[0] + busy_s, self._past[1] + coalesced)
+        self._past += replace(old.figures, queue_tokens=0)
 
     def _require_open(self) -> None:
         if self._closed or not self._models:
@@ -308,12 +316,8 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """All figures since the start, over all models."""
-        figures = [served.figures for served in self._alive]
-        queued = sum(each[0] for each in figures)
-        busy_s = self._past[0] + sum(each[1] for each in figures)
-        coalesced = self._past[1] + sum(each[2] for each in figures)
         devices = tuple(device for served in self._models.values() for device in served.devices)
-        return self._counters.snapshot(queued, busy_s, coalesced, devices)
+        return self._counters.snapshot(self._figures(), devices)
 
     async def drain(self, deadline_s: float) -> None:
         """Refuses new calls, lets those under way end within `deadline_s` seconds, and closes."""
@@ -328,8 +332,8 @@ class Engine:
         everything = tuple(self._alive)
         for served in everything:
             served.refusing = served.refusing or why
-        generator = [self._generator.drain(deadline_s)] if self._generator else []
-        await asyncio.gather(*generator, *(served.retire(deadline_s, why) for served in everything))
+        retiring = (served.retire(deadline_s, why) for served in everything)
+        await asyncio.gather(self._generation.close(deadline_s, why), *retiring)
         self._host.shutdown(wait=True)
 
     def _find(self, model: str, task: str) -> ServedModel:
@@ -348,16 +352,22 @@ class Engine:
         return served.version if served else ""
 
     def _served(self, config: EngineConfig) -> ServedModel:
-        served = ServedModel(config, self._load, self._host, self._listener)
+        served = ServedModel(config, self._load, self._host, self._turns, self._listener)
         self._alive.add(served)
         return served
 
     def _batch(self, report: Report) -> None:
-        self._counters.batch(report, sum(served.figures[0] for served in self._models.values()))
+        self._counters.batch(report)
 
     def _device(self, event: DeviceEvent) -> None:
         told = DEVICE_BACK if event.kind in {"restored", "up"} else DEVICE_LOST
         self._telemetry.emit(told, device=event.device, kind=event.kind, detail=event.detail)
+
+    def _figures(self) -> Figures:
+        return sum((served.figures for served in tuple(self._alive)), self._past)
+
+    def _devices(self) -> dict[str, tuple[DeviceStats, ...]]:
+        return {name: served.devices for name, served in list(self._models.items())}
 
     def _damaged(self, what: str) -> None:
         self._telemetry.emit(CACHE_DAMAGED, detail=what)
@@ -371,13 +381,6 @@ class Engine:
 
     def _say_loaded(self, served: ServedModel) -> None:
         self._telemetry.emit(LOADED, model=served.config.model, version=served.version, plan=served.plan())
-
-
-def _of_generation(config: EngineConfig) -> tuple[object, ...]:
-    """What decides how text is generated; nothing when none is."""
-    if not config.generation.model:
-        return ()
-    return config.generation, config.device, config.precision, config.threads, config.text_bytes_max
 
 
 def _require_tasks(old: ServedModel, new: ServedModel) -> None:

@@ -6,27 +6,27 @@ results; the runner's thread drives the device and reports through `settle`.
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
-from typing import Final, TypeVar
+from functools import partial
+from typing import TypeVar
 
 from engine.analysis import Analysis, Reading
 from engine.config import EngineConfig
 from engine.failures import BadText, DeadlinePassed
-from engine.flights import NO_DEADLINE, Call, Flights, Place
+from engine.flights import NO_DEADLINE, Call, Flights
 from engine.lane import Priority
-from engine.loading import Loaded
+from engine.loading import Loaded, vocabulary_of
 from engine.novelty import Novelty
+from engine.novelty_file import NoveltyFile
 from engine.prepare import CacheCounts, Prepared, Preparer
 from engine.results import Output
 from engine.runner import Report, Runner
 from engine.tasks import find
 from engine.token_pool import processes_for, reason_for
+from engine.turns import Turns
 from sluice.errors import Backpressure
-
-# Batches whose results wait to be put into the result cache; beyond it they are not remembered.
-_REMEMBER_MAX: Final = 64
 
 _T = TypeVar("_T")
 
@@ -39,8 +39,14 @@ class Session:
         loaded: the model.
         runner: driving its backend.
         host: an executor with one thread.
+        turns: whose turn it is there.
         clock: the runner's.
-        on_damage: told, on the event loop's thread or the host's, when a cache is damaged.
+        on_damage: told, on the event loop's thread or another one, when a cache is damaged.
+        known: what streams usually say, as the model knows it that this one replaces: known to both from then on, when
+            vectors mean the same in both.
+
+    Attributes:
+        novelty: what streams usually say; None when it is off.
     """
 
     def __init__(
@@ -49,14 +55,17 @@ class Session:
         loaded: Loaded,
         runner: Runner,
         host: ThreadPoolExecutor,
+        turns: Turns,
         clock: Callable[[], float],
         on_damage: Callable[[str], None],
+        known: Novelty | None = None,
     ) -> None:
         self.loaded = loaded
         self.runner = runner
         self.flights = Flights(runner)
         self._config = config
         self._host = host
+        self._turns = turns
         self._clock = clock
         self._on_damage = on_damage
         processes = processes_for(config.tokenizer_processes, loaded.info.device, len(os.sched_getaffinity(0)))
@@ -68,10 +77,14 @@ class Session:
             config.caches,
             on_damage,
             processes,
-            _vocabulary(loaded.card.config),
+            vocabulary_of(loaded.card),
         )
         self._width = loaded.info.embedding_width
-        self._novelty = Novelty(config.novelty, self._width) if config.novelty.enabled and self._width else None
+        self.novelty: Novelty | None = None
+        self._novelty_file: NoveltyFile | None = None
+        self._saving: asyncio.Task[None] | None = None
+        if config.novelty.enabled and self._width:
+            self._know_streams(known)
         self._remembering: set[asyncio.Future[None]] = set()
         self._counted = CacheCounts()
 
@@ -92,7 +105,7 @@ class Session:
             task=find(self.loaded.tasks, task, self.loaded.card.name),
             width=self._width,
             embed=embed or task == "embed",
-            novelty=self._novelty,
+            novelty=self.novelty,
             novelty_is_score=task == "novelty",
             stream=stream,
             model=self.loaded.card.name,
@@ -105,7 +118,7 @@ class Session:
         """An outcome for each text. Cancelling it drops what still waits.
 
         Raises:
-            Backpressure: too many tokens wait.
+            Backpressure: too many tokens or calls wait.
             Retryable: the runner is stopping.
         """
         call = Call(len(texts))
@@ -123,77 +136,121 @@ class Session:
         return call.outcomes
 
     async def read(
-        self, reading: Reading, outcomes: Sequence[Output | Exception | None], texts: Sequence[str]
+        self,
+        reading: Reading,
+        outcomes: Sequence[Output | Exception | None],
+        texts: Sequence[str],
+        priority: Priority,
     ) -> list[Analysis]:
         """Reads the outcomes of a call's texts on the host thread, chunk by chunk: others get their turn between."""
         analyses: list[Analysis] = []
-        size = self._config.chunk_texts
-        for start in range(0, len(texts), size):
-            part = slice(start, start + size)
-            analyses += await self._on_host(reading.read, outcomes[part], texts[part])
+        for part in self._chunks(texts):
+            analyses += await self._on_host(priority, reading.read, outcomes[part], texts[part])
+        if self._novelty_file is not None and self._novelty_file.due and (self._saving is None or self._saving.done()):
+            self._saving = asyncio.create_task(self._save(self._novelty_file))
         return analyses
 
     def settle(self, report: Report) -> None:
         """A batch is done: on the event loop's thread."""
         fresh = self.flights.settle(report, self._clock())
-        if fresh and len(self._remembering) < _REMEMBER_MAX:
-            future = asyncio.ensure_future(self._on_host(self._preparer.remember, fresh))
+        if fresh and len(self._remembering) < self._config.caches.remember_batches_max:
+            future = asyncio.ensure_future(self._on_host(Priority.BACKGROUND, self._preparer.remember, fresh))
             self._remembering.add(future)
             future.add_done_callback(self._remembered)
 
     async def close(self) -> None:
-        """Closes the caches, after what is being remembered. The runner has ended before."""
+        """Saves what streams usually say, and closes the caches after what is being remembered.
+
+        The runner has ended before.
+        """
+        if self._saving is not None:
+            await asyncio.wait({self._saving})
+        if self._novelty_file is not None and self._novelty_file.changed:
+            await self._save(self._novelty_file)
         if self._remembering:
             await asyncio.wait(self._remembering)
-        await self._on_host(self._preparer.close)
+        await self._on_host(Priority.BACKGROUND, self._preparer.close)
 
     async def _feed(self, call: Call, texts: Sequence[str], stream: str, priority: Priority, until_s: float) -> None:
-        """Prepares the texts chunk by chunk and puts them under way, waiting for room between chunks."""
+        """Prepares the texts chunk by chunk and puts them under way, waiting for room between chunks.
+
+        Whether there is room for anything decides whether the call is accepted, before its texts cost anything. Judged
+        by its size, a large call would be refused for ever beside many small ones.
+        """
         cache = self._preparer.caches(stream)
-        size = self._config.chunk_texts
-        for start in range(0, len(texts), size):
-            prepared = await self._on_host(self._preparer.prepare, texts[start : start + size], stream)
-            wanted = _deliver_known(call, start, prepared)
+        self.flights.admit(priority)
+        for part in self._chunks(texts):
+            prepared = await self._prepare(texts[part], stream, priority, new=part.start == 0)
+            wanted = _deliver_known(call, part.start, prepared)
             if not wanted:
                 continue
-
-            def board(place: Place | None = None, wanted: list[tuple[int, Prepared]] = wanted) -> None:
-                self.flights.board(
-                    call, wanted, now_s=self._clock(), priority=priority, deadline_s=until_s, cache=cache, place=place
-                )
-
+            board = partial(self.flights.board, call, wanted, priority=priority, deadline_s=until_s, cache=cache)
             try:
-                board()
+                board(now_s=self._clock())
             except Backpressure as full:
-                # The first chunk decides whether the call is accepted; the others wait for room.
-                if not start:
-                    raise
                 await self._wait_for_room(board, priority, full.retry_after_s)
 
-    async def _wait_for_room(self, board: Callable[[Place], None], priority: Priority, retry_after_s: float) -> None:
+    async def _prepare(self, texts: Sequence[str], stream: str, priority: Priority, *, new: bool) -> list[Prepared]:
+        """Prepares a chunk; that of a new call only if there is still room when it is its turn."""
+
+        def start() -> asyncio.Future[list[Prepared]]:
+            if new:
+                self.flights.admit(priority)
+            return self._begin(self._preparer.prepare, texts, stream)
+
+        return await self._turns.run(priority, start, new=new)
+
+    async def _wait_for_room(self, board: Callable[..., None], priority: Priority, retry_after_s: float) -> None:
         """Tries whenever something was settled, in the order of arrival among those of its priority."""
         with self.flights.line(priority, retry_after_s) as place:
             while True:
                 await self.flights.room(place.retry_after_s)
                 try:
-                    board(place)
+                    board(now_s=self._clock(), place=place)
                 except Backpressure as full:
                     place.retry_after_s = full.retry_after_s
                 else:
                     break
+
+    def _know_streams(self, known: Novelty | None) -> None:
+        """What streams usually say: as the model before knows it, or as it was saved; else nothing yet."""
+        config, made = self._config, (self._config.novelty, self._width, self.loaded.output_version)
+        shared = known if known is not None and known.fits(*made) else None
+        self.novelty = Novelty(*made) if shared is None else shared
+        if config.caches.directory and "*" not in config.caches.skip_streams:
+            self._novelty_file = NoveltyFile(config.caches, self.novelty, self._on_damage)
+            if shared is None:
+                # The host thread does it before it reads the first result.
+                self._host.submit(self._novelty_file.load)
+
+    async def _save(self, file: NoveltyFile) -> None:
+        data = await self._on_host(Priority.BACKGROUND, file.pack)
+        await asyncio.to_thread(file.write, data)
 
     def _remembered(self, future: "asyncio.Future[None]") -> None:
         self._remembering.discard(future)
         if not future.cancelled() and (error := future.exception()):
             self._on_damage(f"result cache: {error!r}")
 
-    async def _on_host(self, function: Callable[..., _T], *arguments: object) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._host, function, *arguments)
+    async def _on_host(self, priority: Priority, function: Callable[..., _T], *arguments: object) -> _T:
+        """Calls a function on the host thread, in its turn."""
+        return await self._turns.run(priority, partial(self._begin, function, *arguments))
 
+    def _begin(self, function: Callable[..., _T], *arguments: object) -> "asyncio.Future[_T]":
+        return asyncio.get_running_loop().run_in_executor(self._host, function, *arguments)
 
-def _vocabulary(config: Mapping[str, object]) -> int:
-    size = config.get("vocab_size")
-    return size if isinstance(size, int) else 0
+    def _chunks(self, texts: Sequence[object]) -> Iterator[slice]:
+        """Parts of a call that are prepared, or read, at a time."""
+        texts_max, chars_max = self._config.chunk_texts, self._config.chunk_chars
+        start = chars = 0
+        for position, text in enumerate(texts):
+            own = len(text) if isinstance(text, str) else 0
+            if position > start and (position - start == texts_max or chars + own > chars_max):
+                yield slice(start, position)
+                start, chars = position, 0
+            chars += own
+        if texts:
+            yield slice(start, len(texts))
 
 
 def _deliver_known(call: Call, start: int, prepared: Sequence[Prepared]) -> list[tuple[int, Prepared]]:

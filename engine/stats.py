@@ -1,8 +1,11 @@
 """The engine's figures: counted once, shown twice (`Engine.stats()` and Prometheus)."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Final
+
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from engine.analysis import Analysis
 from engine.buckets import reporting_class
@@ -40,7 +43,8 @@ class EngineStats:
         padding_share: of the computed tokens, those that were padding.
         queue_tokens: waiting now.
         device_busy_s: time the devices computed, added up.
-        devices: figures of each device that runs a model now.
+        memory_wait_s: time that batches waited for memory.
+        devices: figures of each device that runs a model now, its memory among them.
     """
 
     texts: int = 0
@@ -61,7 +65,75 @@ class EngineStats:
     result_cache_hits: int = 0
     result_cache_misses: int = 0
     device_busy_s: float = 0.0
+    memory_wait_s: float = 0.0
     devices: tuple[DeviceStats, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Of a model, or of several added up.
+
+    Attributes:
+        queue_tokens: waiting now.
+        busy_s: time the devices computed so far, added up.
+        texts_coalesced: that joined one under way, so far.
+    """
+
+    queue_tokens: int = 0
+    busy_s: float = 0.0
+    texts_coalesced: int = 0
+
+    def __add__(self, other: "Figures") -> "Figures":
+        return Figures(
+            self.queue_tokens + other.queue_tokens,
+            self.busy_s + other.busy_s,
+            self.texts_coalesced + other.texts_coalesced,
+        )
+
+
+class LiveMetrics(Collector):
+    """What is read when somebody asks: the queue, and the devices' memory, which goes with a device that is gone.
+
+    Labels are few: models as configured, their devices, four kinds of figure, the reporting classes.
+
+    Args:
+        figures: of all models.
+        devices: figures of the devices by model. Both are called on the thread that serves metrics.
+    """
+
+    def __init__(
+        self, figures: Callable[[], Figures], devices: Callable[[], Mapping[str, Sequence[DeviceStats]]]
+    ) -> None:
+        self._figures = figures
+        self._devices = devices
+
+    def collect(self) -> Iterator[Metric]:
+        """See `Collector`."""
+        figures = self._figures()
+        yield GaugeMetricFamily("sluice_engine_queue_tokens", "Tokens waiting.", figures.queue_tokens)
+        yield CounterMetricFamily(
+            "sluice_engine_texts_coalesced", "Texts that joined one under way.", figures.texts_coalesced
+        )
+        yield from self._memory()
+
+    def _memory(self) -> Iterator[GaugeMetricFamily]:
+        memory, peak, limit = (
+            GaugeMetricFamily(f"sluice_engine_device_{name}", text, labels=("model", "device", *more))
+            for name, text, *more in (
+                ("memory_bytes", "Memory: allocated, reserved, free, and the peak.", "kind"),
+                ("batch_peak_bytes", "Peak of the largest batch at start-up, by length class.", "length"),
+                ("batch_tokens_max", "Tokens that a batch may have, as far as memory and launch cost are concerned."),
+            )
+        )
+        for model, devices in self._devices().items():
+            for device in devices:
+                names = (model, device.name)
+                for kind, value in asdict(device.memory).items() if device.memory else ():
+                    memory.add_metric((*names, kind), value)
+                for length, value in device.peaks.items():
+                    peak.add_metric((*names, str(length)), value)
+                limit.add_metric(names, device.tokens_max)
+        yield from (memory, peak, limit)
 
 
 class EngineCounters:
@@ -73,6 +145,7 @@ class EngineCounters:
         self.texts = self.texts_computed = self.texts_failed = self.texts_truncated = 0
         self.texts_expired = 0
         self.tokens = self.tokens_dropped = self.padded_tokens = self.batch_splits = 0
+        self.memory_wait_s = 0.0
         self.batches = dict.fromkeys(classes, 0)
         self._seen = CacheCounts()
         self._texts_metric = telemetry.counter("engine_texts", "Texts analysed.", ["task", "priority"])
@@ -82,7 +155,7 @@ class EngineCounters:
         self._truncated_metric = telemetry.counter("engine_texts_truncated", "Texts that were truncated.")
         self._dropped_metric = telemetry.counter("engine_tokens_dropped", "Tokens that truncation took away.")
         self._busy_metric = telemetry.counter("engine_device_busy_seconds", "Time the device computed.")
-        self._queue_gauge = telemetry.gauge("engine_queue_tokens", "Tokens waiting.")
+        self._waited_metric = telemetry.counter("engine_memory_wait_seconds", "Time batches waited for memory.")
         self._latency = telemetry.histogram(
             "engine_call_latency_seconds", "From call to result.", _LATENCY_BUCKETS_S, ["priority"]
         )
@@ -99,9 +172,8 @@ class EngineCounters:
         self.tokens_dropped += dropped
         self._dropped_metric.inc(dropped)
 
-    def batch(self, report: Report, queue_tokens: int) -> None:
+    def batch(self, report: Report) -> None:
         """A batch is done."""
-        self._queue_gauge.set(queue_tokens)
         if not report.rows:
             return
         length = reporting_class(report.length, self._classes)
@@ -113,6 +185,8 @@ class EngineCounters:
         self._tokens_metric.labels("real").inc(report.tokens)
         self._tokens_metric.labels("padding").inc(max(0, report.padded_tokens - report.tokens))
         self._busy_metric.inc(max(0.0, report.seconds))
+        self._waited_metric.inc(report.waited_s)
+        self.memory_wait_s += report.waited_s
         if report.splits:
             self.batch_splits += report.splits
             self.telemetry.emit(OUT_OF_MEMORY, report.splits, rows=report.rows, length=report.length)
@@ -133,9 +207,7 @@ class EngineCounters:
                     self._cache_metric.labels(cache, outcome).inc(new)
                     setattr(self._seen, name, getattr(self._seen, name) + new)
 
-    def snapshot(
-        self, queue_tokens: int, busy_s: float, coalesced: int, devices: tuple[DeviceStats, ...] = ()
-    ) -> EngineStats:
+    def snapshot(self, figures: Figures, devices: tuple[DeviceStats, ...] = ()) -> EngineStats:
         """All figures now."""
         padding = 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
         return EngineStats(
@@ -143,7 +215,7 @@ class EngineCounters:
             texts_computed=self.texts_computed,
             texts_failed=self.texts_failed,
             texts_truncated=self.texts_truncated,
-            texts_coalesced=coalesced,
+            texts_coalesced=figures.texts_coalesced,
             texts_expired=self.texts_expired,
             tokens=self.tokens,
             tokens_dropped=self.tokens_dropped,
@@ -151,11 +223,12 @@ class EngineCounters:
             padding_share=max(0.0, padding),
             batches=dict(self.batches),
             batch_splits=self.batch_splits,
-            queue_tokens=queue_tokens,
+            queue_tokens=figures.queue_tokens,
             token_cache_hits=self._seen.token_hits,
             token_cache_misses=self._seen.token_misses,
             result_cache_hits=self._seen.result_hits,
             result_cache_misses=self._seen.result_misses,
-            device_busy_s=busy_s,
+            device_busy_s=figures.busy_s,
+            memory_wait_s=self.memory_wait_s,
             devices=devices,
         )

@@ -3,11 +3,11 @@
 A task turns output rows into verdicts. Which tasks a model offers follows from its kind:
 
 * `embed`: the vector itself, no label.
-* `classify`: the model's own sequence-classification head, or, for an embedding model, zero-shot: cosine to
-  the descriptions of each label, the best of them counts, softmax over labels. The softmax' temperature is
-  calibrated on the descriptions themselves: each is held out once and sorted by the others, and the
-  temperature with the least log loss is taken, so that a score is about as high as the labels are
-  distinguishable for this model.
+* `classify`: the model's own sequence-classification head, read as transformers' pipeline does, or, for an
+  embedding model, zero-shot: cosine to the descriptions of each label, the best of them counts, softmax over
+  labels. The softmax' temperature is calibrated on the descriptions themselves: each is held out once and
+  sorted by the others, and the temperature with the least log loss is taken, so that a score is about as high
+  as the labels are distinguishable for this model.
 * `novelty`: the distance to what the stream usually says (computed by `novelty` for every task), as the
   score.
 * `tokens`: spans of the text (names, places, ...) from a token-classification head, merged as transformers'
@@ -41,7 +41,13 @@ TEMPERATURES: Final = (0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.1
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a task says about one text; `score` is in [0, 1], `spans` are those of the task `tokens`."""
+    """What a task says about one text.
+
+    Attributes:
+        label: empty when the task gives none.
+        score: in [0, 1], but for a head made for regression: the number that it gives.
+        spans: those of the task `tokens`.
+    """
 
     label: str = ""
     score: float = 0.0
@@ -65,16 +71,26 @@ class NoVerdict:
 
 
 class HeadClassifier:
-    """The label with the highest logit of the model's head, and its softmax probability.
+    """The label with the highest logit of the model's head, and its probability.
+
+    A softmax over the labels, where one of them holds; a sigmoid of its own logit, where each may hold or not, or
+    there is only one; the number itself, where the head is made for regression.
 
     Args:
         labels: in the order of the logits.
         start: where the logits begin in a row.
+        problem: `problem_type` of config.json; empty when it does not say.
     """
 
-    def __init__(self, labels: Sequence[str], start: int) -> None:
+    def __init__(self, labels: Sequence[str], start: int, problem: str = "") -> None:
         self._labels = tuple(labels)
         self._start = start
+        if problem == "regression":
+            self._probabilities: Callable[[Vectors], Vectors] = lambda logits: logits
+        elif problem == "multi_label_classification" or len(labels) == 1:
+            self._probabilities = _sigmoid
+        else:
+            self._probabilities = softmax
 
     def read(self, rows: "Sequence[Row]", texts: Sequence[str] = ()) -> list[Verdict]:
         """See `Task`."""
@@ -82,7 +98,8 @@ class HeadClassifier:
 
         if not rows:
             return []
-        return _verdicts(np.stack(rows)[:, self._start :].astype(np.float32), self._labels)
+        logits = np.stack(rows)[:, self._start :].astype(np.float32)
+        return _verdicts(self._probabilities(logits), self._labels)
 
 
 class ZeroShotClassifier:
@@ -112,7 +129,7 @@ class ZeroShotClassifier:
             return []
         vectors = np.stack(rows)[:, : self._vectors.shape[1]].astype(np.float32)
         best = np.maximum.reduceat(vectors @ self._vectors.T, self._starts, axis=1)
-        return _verdicts((best / self.temperature).astype(np.float32), self._labels)
+        return _verdicts(softmax((best / self.temperature).astype(np.float32)), self._labels)
 
 
 class TokenClassifier:
@@ -183,6 +200,7 @@ def build(
     embed: "Callable[[Sequence[str]], Vectors]",
     align: Callable[[Sequence[str]], list[Alignment]] | None = None,
     aggregation: Aggregation = "simple",
+    problem: str = "",
 ) -> dict[str, Task]:
     """The tasks that the loaded model offers.
 
@@ -192,6 +210,7 @@ def build(
         embed: embeds descriptions; called once.
         align: of the tokenizer; needed by models with a token-classification head only.
         aggregation: of their tokens to spans.
+        problem: what a sequence-classification head was made for; see `HeadClassifier`.
     """
     tasks: dict[str, Task] = {}
     if info.per_token:
@@ -200,7 +219,7 @@ def build(
     if info.embedding_width:
         tasks["embed"] = tasks["novelty"] = NoVerdict()
     if info.labels:
-        tasks["classify"] = HeadClassifier(info.labels, info.embedding_width)
+        tasks["classify"] = HeadClassifier(info.labels, info.embedding_width, problem)
     elif info.embedding_width:
         pairs = [(i, text) for i, texts in enumerate(labels.values()) for text in texts]
         vectors = embed([text for _, text in pairs])
@@ -222,11 +241,16 @@ def find(tasks: Mapping[str, Task], name: str, model: str) -> Task:
     return task
 
 
-def _verdicts(logits: "Vectors", labels: Sequence[str]) -> list[Verdict]:
+def _sigmoid(logits: "Vectors") -> "Vectors":
     import numpy as np
 
-    weights = np.exp(logits - logits.max(1, keepdims=True))
-    shares = weights / weights.sum(1, keepdims=True)
-    best = shares.argmax(1)
-    scores = shares[np.arange(len(best)), best]
+    # Not 1 / (1 + exp(-x)), which overflows: the same in other words.
+    half: Vectors = 0.5 + 0.5 * np.tanh(0.5 * logits)
+    return half
+
+
+def _verdicts(probabilities: "Vectors", labels: Sequence[str]) -> list[Verdict]:
+    """The label with the highest number of each row, and that number; [rows, labels]."""
+    best = probabilities.argmax(1)
+    scores = probabilities.max(1)
     return [Verdict(labels[i], float(score)) for i, score in zip(best.tolist(), scores.tolist(), strict=True)]

@@ -208,6 +208,10 @@ def lock(directory: Path) -> int | None:
     except BlockingIOError:
         os.close(descriptor)
         return None
+    if not os.fstat(descriptor).st_nlink:
+        # Who removes a folder holds its lock: this one was removed between opening and locking it.
+        os.close(descriptor)
+        return None
     with suppress(OSError):
         os.utime(descriptor)  # when it was last begun to be used
     return descriptor

@@ -8,9 +8,10 @@ The ids can be turned back into text: without a directory the arenas are anonymo
 0700. Each tokenizer has a folder of its own in it, so that several models may share one configuration; the folders of
 the `VERSIONS_MAX` tokenizers used last are kept.
 
-One process writes a folder (`flock`). Any other one maps the same arenas read-only, follows what the writer appends
-whenever it calls `refresh`, and keeps what it had to tokenise itself in memory, within the same bounds. When the
-writer ends, its readers go on with what it left; the next process that starts becomes the writer.
+One cache writes a folder (`flock`). Any other one, in this process or another, maps the same arenas read-only, follows
+what the writer appends whenever `refresh` is called, and keeps what it had to tokenise itself in memory, within the
+same bounds. When the writer ends, one of its readers takes its place (each tries every `TAKE_OVER_EVERY_S` seconds),
+and forgets what it kept in memory of its own.
 
 Fails: a directory that cannot be used, or a file that vanishes or shrinks while it is mapped, leaves a cache in
 memory, and `on_damage` is told.
@@ -20,6 +21,7 @@ import hashlib
 import mmap
 import os
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -40,6 +42,8 @@ Role = Literal["memory", "writer", "reader"]
 VERSIONS_MAX: Final = 4
 # Entries that a reader takes over per refresh, beyond its first: at about 2 us each it delays no batch.
 _FOLLOW_ENTRIES_MAX: Final = 4096
+# How often a reader tries to become the writer, in seconds, while it is used at all.
+TAKE_OVER_EVERY_S: Final = 1.0
 _ARENA_BYTES_MIN: Final = 4096
 
 
@@ -53,6 +57,7 @@ class TokenCache:
         width: bytes per id: 2 when the vocabulary has at most 65,536 entries, else 4.
         directory: where the arenas live; None keeps them in memory.
         on_damage: told when the directory or a file turns out to be unusable.
+        clock: monotonic seconds.
 
     Attributes:
         role: `writer` or `reader` of the directory, or `memory`.
@@ -68,6 +73,7 @@ class TokenCache:
         width: int,
         directory: Path | None = None,
         on_damage: Callable[[str], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert width in {2, 4}
         assert len(version) <= 32
@@ -76,30 +82,36 @@ class TokenCache:
         self._version = version.ljust(32, b"\0")
         self._width = width
         self._ids = _reader(width)
+        self._directory = directory
         self._on_damage = on_damage
+        self._clock = clock
+        self._take_over_at_s = 0.0
         self._lock_file: int | None = None
         self._followed: list[_Followed] = []
         self.role: Role = "memory"
         self.damaged = 0
         self._arenas: list[Arena] = []
         self._indexes: list[dict[bytes, int]] = [{}, {}]
-        if directory is not None:
+        if directory is None:
+            self._own_memory()
+        else:
             self._open(directory)
-        if not self._arenas:
-            self._own([token_arena.in_memory(self._arena_bytes) for _ in range(2)])
 
     def __len__(self) -> int:
         return sum(len(index) for index in self._indexes) + sum(len(each.index) for each in self._followed)
 
     def refresh(self) -> None:
-        """Takes over what the writer appended since, and lets go of files that shrank; called before each batch."""
+        """Takes over what the writer appended since, or its place when it has ended; lets go of files that shrank.
+
+        Called before each batch.
+        """
+        if self.role == "reader" and self._directory is not None and self._clock() >= self._take_over_at_s:
+            self._open(self._directory)
         for followed in self._followed:
             followed.follow(_FOLLOW_ENTRIES_MAX)
         if self.role == "writer" and not all(arena.mapped.usable for arena in self._arenas):
             self._on_damage("token cache: its files were removed or truncated; it goes on in memory")
-            self._release()
-            self.role = "memory"
-            self._own([token_arena.in_memory(self._arena_bytes) for _ in range(2)])
+            self._own_memory()
 
     def get(self, key: bytes) -> "Found | None":
         """Ids (int32, a copy) and the number of tokens that truncation dropped, or None."""
@@ -135,31 +147,55 @@ class TokenCache:
         """Releases files and memory. Idempotent."""
         for followed in self._followed:
             followed.close()
-        self._followed = []
-        self._release()
+        for arena in self._arenas:
+            arena.close()
+        self._followed, self._arenas, self._indexes = [], [], []
+        if self._lock_file is not None:
+            os.close(self._lock_file)
+            self._lock_file = None
 
     def _open(self, directory: Path) -> None:
+        """Becomes the writer of its folder, or its reader while somebody else writes it."""
         folder = directory / f"tokens-{hashlib.blake2b(self._version, digest_size=8).hexdigest()}-{self._width}"
         files = [folder / f"{number}.arena" for number in (0, 1)]
+        lock_file: int | None = None
         mapped: list[token_arena.Mapped] = []
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock_file = token_arena.lock(folder)
-            if self._lock_file is None:
-                self._followed = [_Followed(file, self._width, self._version, self._entries_max) for file in files]
-                self.role = "reader"
+            lock_file = token_arena.lock(folder)
+            if lock_file is None:
+                self._follow(files)
                 return
             for file in files:
                 mapped.append(token_arena.for_writing(file, self._arena_bytes))  # noqa: PERF401 - closed on failure
         except OSError as error:
             for each in mapped:
                 each.close()
-            self._release()
+            if lock_file is not None:
+                os.close(lock_file)
+            self._own_memory()
             self._on_damage(f"token cache: {folder} cannot be used ({error.strerror}); it stays in memory")
             return
+        self.close()
+        self._lock_file = lock_file
         self.role = "writer"
         self._own(mapped)
         _forget_old(directory, folder)
+
+    def _follow(self, files: list[Path]) -> None:
+        """Reads what another one writes, until it is time to try again to become the writer."""
+        self._take_over_at_s = self._clock() + TAKE_OVER_EVERY_S
+        if self.role == "reader":
+            return
+        self._own_memory()
+        self.role = "reader"
+        self._followed = [_Followed(file, self._width, self._version, self._entries_max) for file in files]
+
+    def _own_memory(self) -> None:
+        """Starts afresh in memory, without any file."""
+        self.close()
+        self.role = "memory"
+        self._own([token_arena.in_memory(self._arena_bytes) for _ in range(2)])
 
     def _own(self, mapped: list[token_arena.Mapped]) -> None:
         """Takes over regions that this process alone writes, with what they hold."""
@@ -179,14 +215,6 @@ class TokenCache:
         self._active = 1 - self._active
         self._indexes[self._active].clear()
         self._arenas[self._active].clear(generation)
-
-    def _release(self) -> None:
-        for arena in self._arenas:
-            arena.close()
-        self._arenas, self._indexes = [], []
-        if self._lock_file is not None:
-            os.close(self._lock_file)
-            self._lock_file = None
 
 
 class _Followed:

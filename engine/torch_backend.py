@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -17,7 +18,7 @@ from engine import models, network, torch_forms
 from engine.backend import Backend, BackendInfo, DeviceMemory, DeviceOutOfMemory, Precision
 from engine.config import EngineConfig
 from engine.models import ModelCard
-from engine.torch_forms import DTYPES, Form
+from engine.torch_forms import Form
 from sluice.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def open_backend(config: EngineConfig, card: ModelCard, reasons: dict[str, str])
         card: of the model.
         reasons: takes what is decided here, and why.
     """
-    device = _device(config.device, reasons)
+    device = _device(config.device)
     if device.type == "cpu":
         _set_threads(config.threads, reasons)
     model = models.load_model(card)
@@ -46,9 +47,11 @@ def open_backend(config: EngineConfig, card: ModelCard, reasons: dict[str, str])
     if device.type == "cuda":
         from engine.torch_cuda import CudaBackend
 
-        precision = _cuda_precision(config, reasons)
-        info = _info(str(device), precision, card, net, length_max, depth=2, exact=False)
-        return CudaBackend(net.to(device, DTYPES[precision]), info, config)
+        info = _info(str(device), "fp32", card, net, length_max, depth=2, exact=False)
+        net, precision = torch_forms.place(net, device, config.precision, _cuda_candidates(device), reasons)
+        if config.compile:
+            reasons["compile"] = "not compiled: on CUDA, graphs are replayed instead (engine.cuda_graphs_max)"
+        return CudaBackend(net, replace(info, precision=precision), config)
     form, precision = torch_forms.choose(net, config, reasons)
     info = _info("cpu", precision, card, net, length_max, depth=1, exact=True, packed=form.packed)
     return TorchBackend(form, info)
@@ -98,7 +101,10 @@ class TorchBackend:
         return ticket
 
     def _sit_down(self) -> None:
-        """Sets the calling thread up for this lane: both settings belong to a thread, and OpenMP's follow it."""
+        """Sets the calling thread up for this lane: both settings belong to a thread, and OpenMP's follow it.
+
+        Except those that OpenMP started for this thread before: the thread that loaded the model keeps them unpinned.
+        """
         if getattr(self._seat, "lane", None) is self:
             return
         self._seat.lane = self
@@ -141,12 +147,10 @@ def translated_memory() -> Iterator[None]:
         raise DeviceOutOfMemory("out of memory") from error
 
 
-def _device(wanted: str, reasons: dict[str, str]) -> torch.device:
+def _device(wanted: str) -> torch.device:
     available = torch.cuda.is_available()
     if wanted == "auto":
-        reasons["device"] = "cuda:0: a GPU is there" if available else "cpu: no CUDA device is there"
         return torch.device("cuda", 0) if available else torch.device("cpu")
-    reasons["device"] = f"{wanted}: configured"
     try:
         device = torch.device(wanted)
     except RuntimeError as error:
@@ -188,11 +192,9 @@ def _info(
     )
 
 
-def _cuda_precision(config: EngineConfig, reasons: dict[str, str]) -> Precision:
-    if config.precision != "auto":
-        reasons["precision"] = f"{config.precision}: configured"
-        return config.precision
-    # Tensor cores run both at the same rate; fp16 has three more bits of mantissa, bf16 the range of fp32.
-    # Encoders' activations stay within fp16's range, and their outputs are float16 anyway.
-    reasons["precision"] = "fp16: tensor cores"
-    return "fp16"
+def _cuda_candidates(device: torch.device) -> list[Precision]:
+    """Half precisions that the tensor cores compute in, the best first.
+
+    They run both at the same rate; fp16 has three more bits of mantissa, bf16 the range of fp32.
+    """
+    return ["fp16", "bf16"] if torch.cuda.get_device_capability(device) >= (8, 0) else ["fp16"]

@@ -4,19 +4,18 @@ Two slots take turns. A slot owns pinned host buffers, so that copies are asynch
 A batch flows through three streams joined by events: copy in, compute, copy out; while one slot computes,
 the other one's ids are on their way in and its results on their way out, already in half precision.
 
-Shapes are fixed: length is the bucket's edge, rows are rounded up to a short ladder, and for each such
-shape the kernels are captured once into a CUDA graph (bounded, least recently used first out), whose static
-inputs are filled from the slot on the compute stream: replays are ordered there, so one set of static
-buffers per graph is enough. A shape that cannot be captured runs eagerly for ever.
+With graphs, shapes are fixed: length is the bucket's edge, rows are filled up to a short ladder
+(`BackendInfo.row_steps`), and for each such shape the kernels are captured once into a CUDA graph (bounded, least
+recently used first out), whose static inputs are filled from the slot on the compute stream: replays are ordered there,
+so one set of static buffers per graph is enough. A shape that cannot be captured runs eagerly for ever.
 
 Fails: `DeviceLost` when the context is dead (a device-side assertion, an illegal access), found by a probe after
 each error.
 """
 
-from bisect import bisect_left
 from collections import OrderedDict
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -96,13 +95,15 @@ class CudaBackend:
 
     Args:
         net: on the device, in the precision of `info`.
-        info: see `Backend`; fixed lengths, depth 2.
+        info: see `Backend`; depth 2. With graphs, lengths are fixed and rows filled up to `ROW_LADDER`; without, a
+            batch is padded to its longest row.
         config: for the number of graphs.
     """
 
     def __init__(self, net: Network, info: BackendInfo, config: EngineConfig) -> None:
         self._net: Network | None = net
-        self._info = info
+        graphs = config.cuda_graphs_max > 0
+        self._info = replace(info, exact_lengths=not graphs, row_steps=ROW_LADDER if graphs else ())
         self._device = torch.device(info.device)
         self._graphs_max = config.cuda_graphs_max
         self._graphs: OrderedDict[tuple[int, int, bool], _Graph | None] = OrderedDict()
@@ -132,7 +133,7 @@ class CudaBackend:
 
     def _enqueue(self, slot: _Slot, rows: "Rows", length: int) -> _Ticket:
         """Queues copy in, compute and copy out of one batch on their streams."""
-        padded_rows = self._padded_rows(len(rows))
+        padded_rows = self._info.filled(len(rows))
         slot.fill(rows, padded_rows, length)
         tokens = padded_rows * length
         with torch.cuda.stream(self._copy_in):
@@ -209,12 +210,6 @@ class CudaBackend:
             self._slots = []
             with suppress(RuntimeError):  # the context is dead, and its memory goes with the process
                 self.empty_cache()
-
-    def _padded_rows(self, rows: int) -> int:
-        if not self._graphs_max:
-            return rows
-        position = bisect_left(ROW_LADDER, rows)
-        return ROW_LADDER[position] if position < len(ROW_LADDER) else rows
 
     def _run(self, ids: Tensor, lengths: Tensor, *, full: bool) -> Tensor:
         """Computes on the current (compute) stream; the result is the caller's."""

@@ -1,13 +1,14 @@
 """In which form a network runs fastest on this CPU, with the same results: precision, packing, prepacked weights.
 
 Every form is tried on a probe before it is used. One that raises, disagrees with the plain one, or is not faster
-is dropped, and the reason noted; the plain one always remains. Only one form's weights stay in memory.
+is dropped, and the reason noted; the plain one always remains. Only one form's weights stay in memory. On a GPU
+(`place`) only the precision is chosen, by agreement alone: half precision is faster there.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from engine.backend import Precision
 from engine.config import EngineConfig
 from engine.network import BertEncoder, Network
 from engine.packing import cut, pad
-from engine.probe import PROBE_LENGTH, PROBE_ROWS, measure, probe_batch
+from engine.probe import AGREEMENT_MIN, PROBE_LENGTH, PROBE_ROWS, SPEEDUP_MIN, measure, probe_batch
 from engine.torch_packed import PackedNetwork, PlainLinear, PrepackedLinear
 
 if TYPE_CHECKING:
@@ -27,10 +28,7 @@ DTYPES: Final[dict[Precision, torch.dtype]] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-# Half precision must be worth its rounding, and must agree with fp32 on the probe.
-SPEEDUP_MIN: Final = 1.15
-# Least cosine of a probe's outputs with those of the plain form: in half precision, and in fp32.
-AGREEMENT_MIN: Final = 0.999
+# As `AGREEMENT_MIN`, for another form in fp32.
 AGREEMENT_EXACT: Final = 0.9999
 _OWN: Final = "PyTorch's own"
 _PROBED: Final = f"{PROBE_ROWS} texts of {PROBE_LENGTH} tokens"
@@ -96,6 +94,51 @@ def choose(net: Network, config: EngineConfig, reasons: dict[str, str]) -> tuple
     if config.compile:
         return _compiled(chosen, net.keep_table.shape[1], reasons), chosen.precision
     return chosen.form, chosen.precision
+
+
+def place(
+    net: Network,
+    device: torch.device,
+    wanted: Precision | Literal["auto"],
+    candidates: Sequence[Precision],
+    reasons: dict[str, str],
+) -> tuple[Network, Precision]:
+    """`net` on a device that is fast in half precision, in the first one that agrees with fp32; else in fp32.
+
+    Args:
+        net: in fp32, on the CPU, where the outputs that count are computed. Do not keep it.
+        device: where it will run.
+        wanted: precision, as configured.
+        candidates: what the device has instructions for, the best first.
+        reasons: takes what is chosen, and why.
+    """
+    if wanted != "auto":
+        reasons["precision"] = f"{wanted}: configured"
+        return net.to(device, DTYPES[wanted]), wanted
+    expected = _padded_probe(net)
+    refused: list[str] = []
+    for name in candidates:
+        # A copy: what was rounded cannot be had back.
+        half = copy.deepcopy(net).to(device, DTYPES[name])
+        output = _padded_probe(half)
+        finite = all(np.isfinite(row).all() for row in output)
+        agreement = least_cosine(output, expected) if finite else float("nan")
+        told = f"cosine {agreement:.5f}" if finite else "not all numbers are finite"
+        if agreement >= AGREEMENT_MIN:
+            reasons["precision"] = f"{name}: agrees with fp32 on {_PROBED} ({told}){''.join(refused)}"
+            return half, name
+        refused.append(f"; {name} does not ({told})")
+        del half
+    reasons["precision"] = f"fp32: nothing less agrees with it on {_PROBED}{''.join(refused)}"
+    return net.to(device), "fp32"
+
+
+def _padded_probe(net: Network) -> "Outputs":
+    """The probe's outputs, with masks, wherever the network is."""
+    rows, where = probe_batch(net.keep_table.shape[1]), net.keep_table.device
+    ids, lengths = (torch.from_numpy(each).to(where) for each in pad(rows, len(rows[0])))
+    with torch.inference_mode():
+        return list(net(ids, lengths, full=False).cpu().numpy())
 
 
 def _packing_reason(config: EngineConfig, *, packs: bool) -> str:

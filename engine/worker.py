@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def serve(channel: wire.Channel) -> None:
     request, _ = channel.request()
     assert isinstance(request, wire.Open), "the first request opens"
     if request.cpus:
-        os.sched_setaffinity(0, request.cpus)
+        with suppress(OSError):  # the CPUs may have been taken from the process since
+            os.sched_setaffinity(0, request.cpus)
     try:
         module, _, name = request.opener.partition(":")
         opener: Opener = getattr(import_module(module), name)
@@ -77,10 +79,9 @@ def _answer(channel: wire.Channel, backend: Backend) -> None:
                 if not _collect(channel, backend, under_way.pop(request.ticket, unknown)):
                     return
             case wire.AskMemory():
-                channel.send(wire.Memory(backend.memory()))
+                channel.send(_tried(lambda: wire.Memory(backend.memory())))
             case wire.EmptyCache():
-                backend.empty_cache()
-                channel.send(wire.Done())
+                channel.send(_tried(lambda: _empty(backend)))
             case _:
                 return
 
@@ -105,6 +106,18 @@ def _collect(channel: wire.Channel, backend: Backend, ticket: object) -> bool:
         return not isinstance(error, DeviceLost)
     channel.send(wire.Outputs([list(row.shape) for row in outputs], outputs[0].dtype.str), outputs)
     return True
+
+
+def _tried(answer: Callable[[], wire.Answer]) -> wire.Answer:
+    try:
+        return answer()
+    except Exception as error:  # noqa: BLE001 - as above
+        return _failed(error)
+
+
+def _empty(backend: Backend) -> wire.Done:
+    backend.empty_cache()
+    return wire.Done()
 
 
 def _failed(error: Exception) -> wire.Failed:

@@ -230,3 +230,55 @@ class AnalyzeError(_message.Message):
     message: str
     retry_after_ms: int
     def __init__(self, code: _Optional[_Union[AnalyzeError.Code, str]] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
+
+class GenerateRequest(_message.Message):
+    __slots__ = ("prompt", "images", "chat", "max_new_tokens", "temperature", "stop", "priority", "deadline_ms")
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    CHAT_FIELD_NUMBER: _ClassVar[int]
+    MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    prompt: str
+    images: _containers.RepeatedScalarFieldContainer[bytes]
+    chat: bool
+    max_new_tokens: int
+    temperature: float
+    stop: _containers.RepeatedScalarFieldContainer[str]
+    priority: Priority
+    deadline_ms: int
+    def __init__(self, prompt: _Optional[str] = ..., images: _Optional[_Iterable[bytes]] = ..., chat: _Optional[bool] = ..., max_new_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., stop: _Optional[_Iterable[str]] = ..., priority: _Optional[_Union[Priority, str]] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+
+class GenerateResponse(_message.Message):
+    __slots__ = ("text", "end")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    end: GenerateEnd
+    def __init__(self, text: _Optional[str] = ..., end: _Optional[_Union[GenerateEnd, _Mapping]] = ...) -> None: ...
+
+class GenerateEnd(_message.Message):
+    __slots__ = ("finish", "prompt_tokens", "new_tokens", "model", "model_version")
+    class Finish(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        FINISH_UNSPECIFIED: _ClassVar[GenerateEnd.Finish]
+        FINISH_END: _ClassVar[GenerateEnd.Finish]
+        FINISH_LENGTH: _ClassVar[GenerateEnd.Finish]
+        FINISH_STOP: _ClassVar[GenerateEnd.Finish]
+    FINISH_UNSPECIFIED: GenerateEnd.Finish
+    FINISH_END: GenerateEnd.Finish
+    FINISH_LENGTH: GenerateEnd.Finish
+    FINISH_STOP: GenerateEnd.Finish
+    FINISH_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    finish: GenerateEnd.Finish
+    prompt_tokens: int
+    new_tokens: int
+    model: str
+    model_version: str
+    def __init__(self, finish: _Optional[_Union[GenerateEnd.Finish, str]] = ..., prompt_tokens: _Optional[int] = ..., new_tokens: _Optional[int] = ..., model: _Optional[str] = ..., model_version: _Optional[str] = ...) -> None: ...

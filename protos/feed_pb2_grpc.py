@@ -44,6 +44,11 @@ class FeedStub:
                 request_serializer=protos_dot_feed__pb2.AnalyzeRequest.SerializeToString,
                 response_deserializer=protos_dot_feed__pb2.AnalyzeResponse.FromString,
                 _registered_method=True)
+        self.Generate = channel.unary_stream(
+                '/sluice.v1.Feed/Generate',
+                request_serializer=protos_dot_feed__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=protos_dot_feed__pb2.GenerateResponse.FromString,
+                _registered_method=True)
 
 
 class FeedServicer:
@@ -63,6 +68,14 @@ class FeedServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Generate(self, request, context):
+        """Continues a prompt, with the server's generative model: pieces of text as they are made. Cancel it to stop it.
+        RESOURCE_EXHAUSTED with the trailer `retry-after-ms`: full for so long. FAILED_PRECONDITION: no such model is loaded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FeedServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +88,11 @@ def add_FeedServicer_to_server(servicer, server):
                     servicer.Analyze,
                     request_deserializer=protos_dot_feed__pb2.AnalyzeRequest.FromString,
                     response_serializer=protos_dot_feed__pb2.AnalyzeResponse.SerializeToString,
+            ),
+            'Generate': grpc.unary_stream_rpc_method_handler(
+                    servicer.Generate,
+                    request_deserializer=protos_dot_feed__pb2.GenerateRequest.FromString,
+                    response_serializer=protos_dot_feed__pb2.GenerateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +149,33 @@ class Feed:
             '/sluice.v1.Feed/Analyze',
             protos_dot_feed__pb2.AnalyzeRequest.SerializeToString,
             protos_dot_feed__pb2.AnalyzeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Generate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/sluice.v1.Feed/Generate',
+            protos_dot_feed__pb2.GenerateRequest.SerializeToString,
+            protos_dot_feed__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,6 +3,7 @@
 Fixtures live beside the tests that use them (`tests/<part>/conftest.py`); brokers in `tests/brokers/fixtures.py`.
 """
 
+import functools
 import os
 
 import pytest
@@ -31,6 +32,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     mixed = [item for item in items if _is_mixed(item)]
     items[:] = [item for item in items if item not in set(mixed)]
     config.hook.pytest_deselected(items=mixed)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test marked `gpu` runs where there is one; only then is it asked, so that other tests load no PyTorch."""
+    if item.get_closest_marker("gpu") and (missing := _why_no_gpu()):
+        pytest.skip(missing)
+
+
+@functools.cache
+def _why_no_gpu() -> str:
+    """Empty when CUDA tests can run."""
+    try:
+        import torch
+    except ImportError as error:
+        return f"needs a CUDA device: {error}"
+    return "" if torch.cuda.is_available() else "needs a CUDA device: PyTorch sees none here"
 
 
 def _is_mixed(item: pytest.Item) -> bool:

@@ -8,6 +8,8 @@ with connect("localhost:7443") as client:
         print(item.device_id, item.sequence, item.label, item.score)
     for answer in client.analyze(["disk full on /dev/sda1"]):
         print(answer.label, answer.score)
+    for piece in client.generate("The disk is full because"):  # where the server has a generative model
+        print(piece, end="")
 ```
 
 A subscription that is cut off (network, server restart, drain) resumes by itself, without gap or repeat. To go on in

@@ -5,18 +5,19 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import grpc.aio
 
 from protos import feed_pb2, feed_pb2_grpc
 from sluice.backoff import Backoff
-from sluice.client.analyzing import Ask, Books
+from sluice.client.analyzing import Ask, Books, Priority
 from sluice.client.channel import Tls, credentials, options
+from sluice.client.generating import TextEnd, build_request, end_of
 from sluice.client.items import Answer, Batch, Item, items_of
-from sluice.client.requests import RETRYABLE_CODES, Kind, Progress, StartAt, build_filter, build_start
+from sluice.client.requests import Kind, Progress, StartAt, build_filter, build_start, failure
 from sluice.client.sync import RECONNECT_DELAY_S_FIRST, RECONNECT_DELAY_S_MAX, OnWait
-from sluice.errors import Permanent, Retryable
+from sluice.errors import Retryable
 
 
 class AsyncFeedClient:
@@ -63,7 +64,7 @@ class AsyncFeedClient:
         *,
         task: str = "",
         stream: str = "",
-        priority: Literal["online", "background"] = "online",
+        priority: Priority = "online",
         deadline_s: float | None = None,
         embed: bool = False,
         model: str = "",
@@ -76,12 +77,35 @@ class AsyncFeedClient:
             async for answer in _exchange(books, outbox, call):
                 yield answer
         except grpc.RpcError as error:
-            code, detail = _status(error)
-            kind = Retryable if code in RETRYABLE_CODES else Permanent
-            raise kind(f"{detail} ({code})") from error
+            raise failure(*_status(error), _trailers(error)) from error
         finally:
             outbox.put_nowait(None)
             call.cancel()
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        images: Sequence[bytes] = (),
+        chat: bool = False,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        stop: Sequence[str] = (),
+        priority: Priority = "online",
+        deadline_s: float | None = None,
+    ) -> "AsyncTextStream":
+        """See `FeedClient.generate`."""
+        request = build_request(
+            prompt,
+            images=images,
+            chat=chat,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            stop=stop,
+            priority=priority,
+            deadline_s=deadline_s,
+        )
+        return AsyncTextStream(self._stub.Generate(request))
 
     async def close(self) -> None:
         """Ends the connection and what runs over it."""
@@ -151,6 +175,41 @@ class AsyncSubscription:
             self._call.cancel()
 
 
+class AsyncTextStream:
+    """See `TextStream`."""
+
+    def __init__(self, call: Any) -> None:
+        self.end: TextEnd | None = None
+        self._call = call
+        self._closed = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> str:
+        """See `TextStream.__next__`."""
+        try:
+            while (message := await self._call.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
+                self.end = end_of(message)
+                if message.text:
+                    return str(message.text)
+        except grpc.RpcError as error:
+            raise failure(*_status(error), _trailers(error)) from error
+        except asyncio.CancelledError:
+            # The call's own cancellation, by `close`; anybody else's goes on.
+            if not self._closed:
+                raise
+            raise Retryable("the text was closed before it was complete") from None
+        if self.end is None:
+            raise Retryable("the server ended the text before it was complete; try again")
+        raise StopAsyncIteration
+
+    def close(self) -> None:
+        """Ends it, wherever it is. Idempotent."""
+        self._closed = True
+        self._call.cancel()
+
+
 async def _exchange(
     books: Books, outbox: "asyncio.Queue[feed_pb2.AnalyzeRequest | None]", call: Any
 ) -> AsyncGenerator[Answer, None]:
@@ -185,3 +244,7 @@ async def _sleep(unless: asyncio.Event, delay_s: float) -> None:
 
 def _status(error: Any) -> tuple[str, str]:
     return error.code().name, error.details() or ""
+
+
+def _trailers(error: Any) -> list[tuple[str, str | bytes]]:
+    return list(error.trailing_metadata() or ())

@@ -18,6 +18,8 @@ TEXT_BYTES_MAX: Final = (1 << 20) - 4096
 # Of a text that is refused for its size, so much comes back with the answer.
 _SHOWN_CHARS: Final = 1000
 
+Priority = Literal["online", "background"]
+
 
 @dataclass(frozen=True, slots=True)
 class Ask:
@@ -25,7 +27,7 @@ class Ask:
 
     task: str = ""
     stream: str = ""
-    priority: Literal["online", "background"] = "online"
+    priority: Priority = "online"
     deadline_s: float | None = None
     embed: bool = False
     model: str = ""
@@ -100,17 +102,21 @@ class Books:
 
     def _request(self, index: int, text: str) -> feed_pb2.AnalyzeRequest:
         ask = self._ask
-        priority = feed_pb2.PRIORITY_ONLINE if ask.priority == "online" else feed_pb2.PRIORITY_BACKGROUND
         return feed_pb2.AnalyzeRequest(
             request_id=str(index),
             text=text,
             task=ask.task,
             stream=ask.stream,
-            priority=priority,
+            priority=priority_of(ask.priority),
             deadline_ms=int((ask.deadline_s or 0) * 1000),
             want_embedding=ask.embed,
             model=ask.model,
         )
+
+
+def priority_of(name: Priority) -> feed_pb2.Priority:
+    """As it is on the wire."""
+    return feed_pb2.PRIORITY_ONLINE if name == "online" else feed_pb2.PRIORITY_BACKGROUND
 
 
 def refusal(text: object) -> str:

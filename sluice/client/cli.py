@@ -1,4 +1,4 @@
-"""`sluice tail` and `sluice analyze`: the feed on a terminal. Need the extra `client` only."""
+"""`sluice tail`, `sluice analyze` and `sluice generate`: the feed on a terminal. Need the extra `client` only."""
 
 import base64
 import binascii
@@ -8,6 +8,7 @@ import stat
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
@@ -15,12 +16,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import click
 
-from sluice.errors import ConfigError
+from sluice.errors import ConfigError, SluiceError
 
 if TYPE_CHECKING:
     from sluice.client.channel import Tls
     from sluice.client.items import Answer
-    from sluice.client.sync import FeedClient, Subscription
+    from sluice.client.sync import FeedClient, Subscription, TextStream
 
 DEFAULT_TARGET: Final = "127.0.0.1:7443"
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -113,6 +114,87 @@ def _show_answer(answer: "Answer", line: int, *, as_json: bool) -> None:
         return
     where = f"line {line}: " if line and answer.error is not None else ""
     click.echo(where + pretty_answer(answer))
+
+
+@click.command()
+@connection_options
+@click.argument("prompt", required=False)
+@click.option("--image", "images", type=click.File("rb"), multiple=True, help="An image file; may be repeated.")
+@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="End after so many tokens.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: no chance in it.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End in front of this text; may be repeated.")
+@click.option("--deadline", type=click.FloatRange(min=0, min_open=True), help="Seconds for the whole text.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, when the text is complete.")
+def generate(
+    prompt: str | None, images: tuple[BinaryIO, ...], deadline: float | None, as_json: bool, **options: Any
+) -> None:
+    """Continues PROMPT with the server's generative model, and shows the text as it is made.
+
+    Without PROMPT it is read from stdin, without the line end behind it.
+    """
+    from sluice.client.channel import MESSAGE_BYTES_MAX
+
+    text = prompt if prompt is not None else read_prompt(sys.stdin.buffer)
+    # A byte more than can be sent: what is too large is refused, and not cut.
+    files = [image.read(MESSAGE_BYTES_MAX + 1) for image in images]
+    with connected(options) as client:
+        show_text(client.generate(text, images=files, deadline_s=deadline, **options), as_json=as_json)
+
+
+def read_prompt(content: BinaryIO) -> str:
+    """A prompt from stdin.
+
+    Raises:
+        ConfigError: a terminal, too much, or bytes that are no UTF-8.
+    """
+    from sluice.client.analyzing import TEXT_BYTES_MAX
+
+    if content.isatty():
+        raise ConfigError('nothing to continue: give a prompt ("The disk is full because"), or pipe one in')
+    data = content.read(TEXT_BYTES_MAX + 1)
+    if len(data) > TEXT_BYTES_MAX:
+        raise ConfigError(f"the prompt exceeds {TEXT_BYTES_MAX} bytes")
+    try:
+        return data.decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the prompt is not UTF-8: byte {error.start}") from error
+
+
+def show_text(stream: "TextStream", *, as_json: bool) -> None:
+    """Prints a text as it comes, or whole as JSON; ends with 130 on Ctrl-C, as shells expect it."""
+    from sluice.client.render import escaped, json_text
+
+    pieces = []
+    # Whoever reads a pipe gets the text as it is; a terminal must not be driven by it.
+    terminal = sys.stdout.isatty()
+    try:
+        for piece in stream:
+            pieces.append(piece)
+            if not as_json:
+                click.echo(escaped(piece, but="\n\t") if terminal else piece, nl=False)
+    except BrokenPipeError:
+        return  # enough was seen
+    except (KeyboardInterrupt, SluiceError) as ended:
+        if not as_json:
+            _end_line(pieces)
+        if isinstance(ended, KeyboardInterrupt):
+            sys.exit(130)
+        raise
+    finally:
+        stream.close()
+    assert stream.end is not None, "a text that is complete has an end"
+    if as_json:
+        click.echo(json_text("".join(pieces), stream.end))
+        return
+    _end_line(pieces)
+    if stream.end.finish == "length":
+        click.echo(f"ended at its limit, after {stream.end.new_tokens:,} tokens (--max-new-tokens)", err=True)
+
+
+def _end_line(pieces: Sequence[str]) -> None:
+    if pieces and not pieces[-1].endswith("\n"):
+        click.echo()
 
 
 def _replace_line(line: str) -> None:

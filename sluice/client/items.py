@@ -34,7 +34,7 @@ class ResultItem:
         origin: `cloud`, or `site` for a record that stayed there.
         event_time_us: of the record.
         created_time_us: of the result.
-        score: confidence in [0, 1].
+        score: confidence in [0, 1]; of a model made for regression, its number.
         novelty: distance to what the stream usually says, in [0, 2]; 0 when not computed.
         embedding: little-endian float16; empty when not asked for.
         truncated: the text was longer than the model reads.

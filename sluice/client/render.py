@@ -12,6 +12,7 @@ from typing import Any, Final
 import click
 import msgspec
 
+from sluice.client.generating import TextEnd
 from sluice.client.items import Answer, Item, RecordItem
 
 TEXT_CHARS_MAX: Final = 200
@@ -94,9 +95,21 @@ def clock_time(time_us: int) -> str:
 
 def printable(text: str) -> str:
     """At most `TEXT_CHARS_MAX` characters, control characters escaped."""
-    shown = text[:TEXT_CHARS_MAX]
-    clean = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in shown)
-    return clean + ("…" if len(text) > TEXT_CHARS_MAX else "")
+    return escaped(text[:TEXT_CHARS_MAX]) + ("…" if len(text) > TEXT_CHARS_MAX else "")
+
+
+def escaped(text: str, but: str = "") -> str:
+    """The text, control characters escaped `but` for these."""
+    return "".join(
+        c if c.isprintable() or c in but else c.encode("unicode_escape", "backslashreplace").decode() for c in text
+    )
+
+
+def json_text(text: str, end: TextEnd) -> str:
+    """A generated text and what it took, as one line of JSON."""
+    usage = {"prompt_tokens": end.prompt_tokens, "new_tokens": end.new_tokens}
+    whole = {"text": text, "finish": end.finish, "usage": usage, "model": end.model, "model_version": end.model_version}
+    return msgspec.json.encode(whole).decode()
 
 
 def colour_of(label: str) -> str:

@@ -3,13 +3,13 @@
 Invariant: `request()` asks for exactly what comes behind the last message that was given to `received`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Final, Literal
 
 from protos import feed_pb2
 from sluice.backoff import Backoff
-from sluice.errors import Permanent, Retryable
+from sluice.errors import Backpressure, Permanent, Retryable, SluiceError
 
 Kind = Literal["records", "results"]
 StartAt = Literal["latest", "earliest"] | datetime | int
@@ -18,6 +18,27 @@ _KINDS: Final = {"records": feed_pb2.KIND_RECORDS, "results": feed_pb2.KIND_RESU
 RETRYABLE_CODES: Final = frozenset(
     {"UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED", "CANCELLED", "INTERNAL", "UNKNOWN", "DEADLINE_EXCEEDED"}
 )
+
+
+# Of the trailer that says after how many milliseconds a refused call may be tried again.
+_RETRY_AFTER: Final = "retry-after-ms"
+
+
+def failure(code: str, detail: str, trailers: Iterable[tuple[str, str | bytes]] = ()) -> SluiceError:
+    """The error that a call's status is.
+
+    Args:
+        code: name of the gRPC status.
+        detail: its text.
+        trailers: that came with it.
+    """
+    text = f"{detail} ({code})"
+    if code == "RESOURCE_EXHAUSTED":
+        if after_ms := dict(trailers).get(_RETRY_AFTER):
+            return Backpressure(text, retry_after_s=int(after_ms) / 1000)
+        if "larger than max" in detail:  # gRPC's own words; the same request will always be
+            return Permanent(f"the request is too large for the server (feed.request_bytes_max): {text}")
+    return Retryable(text) if code in RETRYABLE_CODES else Permanent(text)
 
 
 def build_filter(

@@ -5,17 +5,18 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Self
 
 import grpc
 
 from protos import feed_pb2, feed_pb2_grpc
 from sluice.backoff import Backoff
-from sluice.client.analyzing import Ask, Books
+from sluice.client.analyzing import Ask, Books, Priority
 from sluice.client.channel import Tls, credentials, options
+from sluice.client.generating import TextEnd, build_request, end_of
 from sluice.client.items import Answer, Batch, Item, items_of
-from sluice.client.requests import RETRYABLE_CODES, Kind, Progress, StartAt, build_filter, build_start
-from sluice.errors import Permanent, Retryable
+from sluice.client.requests import Kind, Progress, StartAt, build_filter, build_start, failure
+from sluice.errors import Retryable, SluiceError
 
 RECONNECT_DELAY_S_FIRST: Final = 0.1
 RECONNECT_DELAY_S_MAX: Final = 10.0
@@ -82,7 +83,7 @@ class FeedClient:
         *,
         task: str = "",
         stream: str = "",
-        priority: Literal["online", "background"] = "online",
+        priority: Priority = "online",
         deadline_s: float | None = None,
         embed: bool = False,
         model: str = "",
@@ -100,6 +101,7 @@ class FeedClient:
 
         Raises:
             Permanent: the server has no engine.
+            Backpressure: the server has no room for another stream.
             Retryable: the server is away.
         """
         books = Books(texts, Ask(task, stream, priority, deadline_s, embed, model))
@@ -112,6 +114,45 @@ class FeedClient:
         finally:
             outbox.put(None)
             call.cancel()
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        images: Sequence[bytes] = (),
+        chat: bool = False,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        stop: Sequence[str] = (),
+        priority: Priority = "online",
+        deadline_s: float | None = None,
+    ) -> "TextStream":
+        """Continues a prompt with the server's generative model: pieces of text as they are made.
+
+        Args:
+            prompt: any text; with `chat` or images what a user says, for models with a chat template.
+            images: PNG, JPEG, WebP, BMP or GIF files, for image-text models.
+            chat: put the prompt into the model's chat template.
+            max_new_tokens: None for the server's default.
+            temperature: 0 for the most likely token each time.
+            stop: texts in front of which the answer ends.
+            priority: `online` goes first.
+            deadline_s: until the whole text must be there; None for the server's default.
+
+        Raises:
+            Permanent: it cannot be sent. What the server says comes with the pieces: see `TextStream`.
+        """
+        request = build_request(
+            prompt,
+            images=images,
+            chat=chat,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            stop=stop,
+            priority=priority,
+            deadline_s=deadline_s,
+        )
+        return TextStream(self._stub.Generate(request))
 
     def close(self) -> None:
         """Ends the connection and what runs over it."""
@@ -180,6 +221,44 @@ class Subscription:
             self._call.cancel()
 
 
+class TextStream:
+    """The pieces of one text, in one thread; `close` it to stop early, which frees its place at the server.
+
+    Attributes:
+        end: how it ended; None before that.
+    """
+
+    def __init__(self, call: Any) -> None:
+        self.end: TextEnd | None = None
+        self._call = call
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        """The next piece.
+
+        Raises:
+            Backpressure: the server has no room; nothing was begun.
+            Permanent: the server cannot answer this, or has no such model.
+            Retryable: the server is away, or the deadline passed.
+        """
+        try:
+            for message in self._call:
+                self.end = end_of(message)
+                if message.text:
+                    return str(message.text)
+        except grpc.RpcError as error:
+            raise _translated(error) from error
+        if self.end is None:
+            raise Retryable("the server ended the text before it was complete; try again")
+        raise StopIteration
+
+    def close(self) -> None:
+        """Ends it, wherever it is. Idempotent."""
+        self._call.cancel()
+
+
 def _exchange(
     books: Books, outbox: "queue.SimpleQueue[feed_pb2.AnalyzeRequest | None]", call: Iterable[Any]
 ) -> Iterator[Answer]:
@@ -199,8 +278,6 @@ def _exchange(
     raise Retryable("the server ended the stream before all texts were answered; try again")
 
 
-def _translated(error: grpc.RpcError) -> Permanent | Retryable:
-    code, detail = error.code().name, error.details() or ""
-    if code in RETRYABLE_CODES:
-        return Retryable(f"{detail} ({code})")
-    return Permanent(f"{detail} ({code})")
+def _translated(error: grpc.RpcError) -> SluiceError:
+    trailers = [(each.key, each.value) for each in error.trailing_metadata() or ()]
+    return failure(error.code().name, error.details() or "", trailers)

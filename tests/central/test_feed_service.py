@@ -136,11 +136,11 @@ async def test_with_mutual_tls_only_clients_with_a_certificate_are_served(
 
 
 async def test_calls_that_are_no_subscriptions_are_bounded_too(topics: Topics, tmp_path: Path) -> None:
-    limits = {"subscribers_max": 1, "analyze_streams_max": 1, "probes_max": 2}
+    limits = {"subscribers_max": 1, "analyze_streams_max": 1, "generate_calls_max": 1, "probes_max": 2}
     async with running_feed(topics, tmp_path, **limits) as (_, target), grpc.aio.insecure_channel(target) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         watches = []
-        for _ in range(5):
+        for _ in range(6):
             watches.append(watch := health.Watch(health_pb2.HealthCheckRequest()))
             await watch.read()
         with pytest.raises(grpc.aio.AioRpcError) as refused:

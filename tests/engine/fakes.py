@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine import tasks
-from engine.backend import BackendInfo, DeviceLost, DeviceMemory, DeviceOutOfMemory
+from engine.backend import Backend, BackendInfo, DeviceLost, DeviceMemory, DeviceOutOfMemory
 from engine.buckets import Ladder
 from engine.config import EngineConfig
 from engine.cost import CostTracker
@@ -54,6 +55,7 @@ class FakeBackend:
     depth: int = 1
     exact_lengths: bool = True
     packed: bool = False
+    row_steps: Sequence[int] = ()
     length_max: int = 64
     memory_tokens: int = 1 << 30
     fail_submissions: set[int] = field(default_factory=set)
@@ -62,6 +64,7 @@ class FakeBackend:
     poison: int = -1
     deadly: int = -1
     hang_once: str = ""
+    memory_unknown: bool = False
     peak_tokens: int = 0
     batches: list[tuple[int, int]] = field(default_factory=list)
     submissions: int = 0
@@ -73,13 +76,23 @@ class FakeBackend:
 
     @property
     def info(self) -> BackendInfo:
-        return BackendInfo("fake", "fp32", self.depth, self.exact_lengths, self.length_max, WIDTH, packed=self.packed)
+        return BackendInfo(
+            "fake",
+            "fp32",
+            self.depth,
+            self.exact_lengths,
+            self.length_max,
+            WIDTH,
+            packed=self.packed,
+            row_steps=tuple(self.row_steps),
+        )
 
     def submit(self, rows: Sequence[npt.NDArray[np.int32]], length: int) -> object:
         assert rows
         assert all(0 < len(row) <= length <= self.length_max for row in rows)
         self.submissions += 1
-        computed = sum(map(len, rows)) if self.packed else len(rows) * length
+        filled = min((step for step in self.row_steps if step >= len(rows)), default=len(rows))
+        computed = sum(map(len, rows)) if self.packed else filled * length
         if computed > self.memory_tokens or self.submissions in self.fail_submissions:
             raise DeviceOutOfMemory(f"{len(rows)} rows of {length}")
         if self.submissions in self.lose_submissions:
@@ -105,6 +118,8 @@ class FakeBackend:
         return [embedding(row) for row in ticket]
 
     def memory(self) -> DeviceMemory:
+        if self.memory_unknown:
+            raise RuntimeError("no figures")
         return DeviceMemory(0, 0, 1 << 30, 1000 * self.peak_tokens)
 
     def empty_cache(self) -> None:
@@ -128,6 +143,27 @@ def hang_once(fifo: Path) -> None:
 def open_fake(**arguments: Any) -> tuple[FakeBackend, dict[str, str]]:
     """An opener for worker processes."""
     return FakeBackend(**arguments), {"fake": "yes"}
+
+
+def open_never(fifo: str) -> tuple[FakeBackend, dict[str, str]]:
+    """An opener that says through a named pipe that it is at work, and never ends."""
+    Path(fifo).write_text(str(os.getpid()), encoding="ascii")
+    threading.Event().wait()
+    raise AssertionError
+
+
+@dataclass
+class Again:
+    """Opens a device anew, in this process, as the test says."""
+
+    open: Callable[[], Backend]
+    cancelled: bool = False
+
+    def __call__(self) -> Backend:
+        return self.open()
+
+    def cancel(self) -> None:
+        self.cancelled = True
 
 
 def embedding(ids: Sequence[int] | npt.NDArray[np.int32]) -> npt.NDArray[np.float16]:
@@ -154,13 +190,14 @@ def fake_loader(
         waits = (config.online_max_wait_ms / 1000, config.background_max_wait_ms / 1000)
         limits = Limits(budget, config.batch_rows_max, config.queue_tokens_max, config.online_share, waits)
         gate, backend.gate = getattr(backend, "gate", None), None
-        offered = tasks.build(backend.info, LABELS, lambda texts: embed(backend, tokens, texts, config.text_bytes_max))
+        card = ModelCard("fake", Path(), "0" * 12, "embedding", backend.info.length_max, "mean", (), {})
+        describe = partial(embed, card, backend, tokens, bytes_max=config.text_bytes_max)
+        offered = tasks.build(backend.info, LABELS, describe)
         backend.gate = gate
         if hasattr(backend, "started"):
             backend.started.clear()
             backend.batches.clear()
             backend.submissions = 0
-        card = ModelCard("fake", Path(), "0" * 12, "embedding", backend.info.length_max, "mean", (), {})
         scheduler = Scheduler(ladder, limits, costs.model)
         device = Device("fake", backend, costs, Admission(budget))
         return Loaded(card, [device], tokens, ladder, scheduler, offered, {"model": "fake"})

@@ -18,10 +18,10 @@ from engine.cost import PRIOR, CostTracker
 from engine.fleet import Device, DeviceEvent, Recovery
 from engine.lane import Item, Priority
 from engine.memory import Admission
-from engine.remote import RemoteBackend, WorkerSpec, open_workers
+from engine.remote import ReopenWorker, WorkerSpec, open_workers
 from engine.runner import Report, Runner
 from engine.scheduler import Limits, Scheduler
-from tests.engine.fakes import embedding
+from tests.engine.fakes import Again, embedding
 
 FAKE = "tests.engine.fakes:open_fake"
 QUICK = Recovery(first_s=0.01, max_s=0.05, gone_s_max=20.0)
@@ -99,12 +99,13 @@ class Fleet:
 
 
 def device(name: str, backend: Backend, reopen: Callable[[], Backend] | None = None, budget: int = 256) -> Device:
-    return Device(name, backend, CostTracker(), Admission(budget), reopen)
+    known = reopen if reopen is None or hasattr(reopen, "cancel") else Again(reopen)
+    return Device(name, backend, CostTracker(), Admission(budget), known)
 
 
 def workers(count: int, **arguments: Any) -> list[Device]:
     asked = spec(**arguments)
-    return [device(f"w{i}", each, lambda: RemoteBackend(asked)) for i, each in enumerate(open_workers([asked] * count))]
+    return [device(f"w{i}", each, ReopenWorker(asked)) for i, each in enumerate(open_workers([asked] * count))]
 
 
 def caught_in_the_middle(fifo: Path) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from engine import backends, models
-from engine.backend import Backend, DeviceLost
+from engine.backend import Backend, BackendInfo, DeviceLost
 from engine.config import CacheConfig, EngineConfig
 from engine.remote import RemoteBackend
 from tests.engine.fakes import FakeBackend
@@ -128,7 +128,8 @@ def test_an_error_of_a_cuda_context_that_is_dead_is_a_lost_device(
     slot = object.__new__(_Slot)  # neither can be made without a GPU
     slot.busy, slot.fill, slot.done = False, fail, SimpleNamespace(synchronize=fail)  # type: ignore[assignment, method-assign]
     backend = object.__new__(CudaBackend)
-    backend._device, backend._slots, backend._graphs_max = torch.device("cuda", 0), [slot], 0
+    backend._device, backend._slots = torch.device("cuda", 0), [slot]
+    backend._info = BackendInfo("cuda:0", "fp32", 2, exact_lengths=False, length_max=64, embedding_width=32)
     with pytest.raises(raised, match="device-side assert"):
         backend.submit(rows(3), 3)
     with pytest.raises(raised, match="device-side assert"):
@@ -138,6 +139,36 @@ def test_an_error_of_a_cuda_context_that_is_dead_is_a_lost_device(
     if not alive:
         backend.close()
         backend.close()
+
+
+@pytest.mark.parametrize(("texts", "computed"), [(1, 1), (3, 4), (33, 48), (48, 48), (1025, 1025)])
+def test_a_cuda_batch_is_filled_up_by_as_many_rows_as_is_told(
+    texts: int, computed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine.torch_cuda import ROW_LADDER, CudaBackend, _Slot
+
+    seen: list[int] = []
+
+    def fill(rows: Any, padded_rows: int, length: int) -> None:
+        seen.append(padded_rows)
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr("torch.cuda.synchronize", lambda _: None)
+    slot = object.__new__(_Slot)  # neither can be made without a GPU
+    slot.busy, slot.fill = False, fill  # type: ignore[method-assign]
+    backend = object.__new__(CudaBackend)
+    backend._device, backend._slots = None, [slot]  # type: ignore[assignment]
+    backend._info = BackendInfo("cuda:0", "fp16", 2, False, 64, 32, row_steps=ROW_LADDER)
+    with pytest.raises(RuntimeError, match="far enough"):
+        backend.submit(rows(*[5] * texts), 8)
+    assert seen == [computed]
+    assert backend.info.computed([5] * texts, 8) == [8] * computed
+
+
+@pytest.mark.gpu
+def test_rows_are_filled_up_where_graphs_are_replayed_and_not_elsewhere(tiny_models: dict[str, Path]) -> None:
+    assert open_tiny(tiny_models["bert"], device="cuda").info.filled(33) == 48
+    assert open_tiny(tiny_models["bert"], device="cuda", cuda_graphs_max=0).info.filled(33) == 33
 
 
 def test_every_shape_runs_and_memory_is_told(backend: Backend) -> None:

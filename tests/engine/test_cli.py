@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.bench import read_texts, section
+from engine.bench import read_texts, section, without_caches
 from engine.bench_report import bars, histogram
 from engine.cli import engine
 from sluice.errors import ConfigError
@@ -40,6 +40,7 @@ def test_plan_shows_what_was_chosen_and_why(tiny_models: dict[str, Path]) -> Non
     assert {"model", "device", "threads", "precision", "buckets", "cost", "batch_tokens", "memory"} <= plan.keys()
     assert folder in plan["model"]
     assert "configured" in plan["device"]
+    assert (plan["models"], plan["generation"]) == ({}, {})
 
 
 def bench(*arguments: str, model: Path, texts: Path) -> Result:
@@ -64,6 +65,27 @@ def test_plan_for_people_is_aligned_and_folds_long_reasons(tiny_models: dict[str
     start = {line.index(line.split(maxsplit=1)[1]) for line in lines if not line.startswith(" ")}
     assert len(start) == 1, "reasons begin in one column"
     assert all(len(line) <= 80 or " " not in line.strip() for line in lines if folder not in line)
+
+
+def test_plan_shows_every_model_under_its_name(tiny_models: dict[str, Path], generative: dict[str, Path]) -> None:
+    folders = [str(tiny_models["bert"]), str(tiny_models["ner"]), str(generative["llama"])]
+    arguments = ["plan", "--model", folders[0], "--device", "cpu", "--set", "fit_seconds_max=0.2"]
+    arguments += ["--set", f"models.ner.model={folders[1]}", "--set", f"generation.model={folders[2]}"]
+    result = CliRunner().invoke(engine, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    plans = (plan, plan["models"]["ner"], plan["generation"])
+    assert all(folder in each["model"] for folder, each in zip(folders, plans, strict=True))
+    assert {"cost", "buckets"} <= plan.keys()
+    assert {"cost", "buckets"} <= plan["models"]["ner"].keys()
+    assert plan["generation"]["batching"].startswith("continuous")
+    result = CliRunner().invoke(engine, arguments, env={"COLUMNS": "100"})
+    lines = result.stdout.splitlines()
+    assert [line for line in lines if re.fullmatch(r"ner|generation", line)] == ["ner", "generation"]
+    for title, folder in (("ner", folders[1]), ("generation", folders[2])):
+        following = lines[lines.index(title) + 1]
+        assert following.startswith("  model "), following
+        assert folder in "".join(lines[lines.index(title) :])
 
 
 def test_bench_prints_its_figures_as_json(tiny_models: dict[str, Path], texts: Path) -> None:
@@ -162,7 +184,8 @@ def test_settings_reach_the_configuration() -> None:
     )
     assert (config.model, config.threads, config.device, config.chunk_texts) == ("m", 2, "auto", 7)
     assert (config.caches.token_bytes_max, config.ladder) == (5, (8, 16))
-    assert section({}, caches=False).caches.token_bytes_max == 0
+    caches = without_caches(section({})).caches
+    assert (caches.token_bytes_max, caches.result_bytes_max) == (0, 0)
 
 
 def test_an_interrupted_measurement_ends_with_one_word_and_no_traceback(

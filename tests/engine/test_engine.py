@@ -161,16 +161,34 @@ async def test_a_full_queue_gives_back_pressure_and_online_calls_have_a_share(op
     engine, backend, gate = await gated(open_engine, EngineConfig(queue_tokens_max=1000, batch_tokens=64))
     running = asyncio.create_task(engine.analyze(["running"]))
     await until(backend.started.is_set)
-    waiting = asyncio.create_task(engine.analyze(texts(80)))
-    await until(lambda: engine.stats().queue_tokens > 600)
+    waiting = asyncio.create_task(engine.analyze([*texts(84), "xx"]))
+    await until(lambda: engine.stats().queue_tokens == 750)
     with pytest.raises(Backpressure) as full:
         await engine.analyze(texts(30, start=100))
     assert full.value.retry_after_s > 0
+    assert engine.stats().queue_tokens == 750
     online = asyncio.create_task(engine.analyze(texts(10, start=200), priority=Priority.ONLINE))
     await until(lambda: engine.stats().queue_tokens > 750)
     gate.set()
     for call in (running, waiting, online):
         assert [each.error for each in await call if each.error] == []
+
+
+async def test_a_large_call_gets_its_turn_while_small_ones_take_all_the_room(open_engine: Open) -> None:
+    engine, backend, gate = await gated(open_engine, EngineConfig(queue_tokens_max=1000, batch_tokens=64))
+    running = asyncio.create_task(engine.analyze(["running"]))
+    await until(backend.started.is_set)
+    small = [asyncio.create_task(engine.analyze([text])) for text in texts(70)]
+    await until(lambda: engine.stats().queue_tokens > 600)
+    # Beside them there is room for some of its texts only, and whoever is small would always find some first.
+    large = asyncio.create_task(engine.analyze(many := texts(30, start=100), task="embed"))
+    await until(lambda: any(engine._models["default"].session.flights._lines.values()))
+    with pytest.raises(Backpressure, match="earlier call"):
+        await engine.analyze(["late and small"])
+    gate.set()
+    assert all(right(analysis, text) for analysis, text in zip(await large, many, strict=True))
+    assert not [call for call in small if (await call)[0].error]
+    await running
 
 
 async def test_a_call_larger_than_the_queue_is_fed_piece_by_piece(open_engine: Open) -> None:

@@ -12,6 +12,7 @@ from engine.config import CacheConfig, EngineConfig
 from engine.loading import Loaded, load
 from engine.models import ModelCard
 from engine.service import Analysis, Engine
+from tests.engine.test_every_path import SPILLED, Watched, watched_loader
 
 EXACT, HALF = 0.9999, 0.999
 
@@ -88,13 +89,22 @@ async def test_bucketed_cached_and_recomputed_embeddings_equal_plain_ones(
     assert only_tokens.stats().token_cache_hits == len(TEXTS)
 
 
-@pytest.mark.parametrize("off", ["packing", "prepack"])
-async def test_without_packing_or_prepacked_weights_embeddings_are_the_same(
+async def test_texts_that_are_padded_together_get_the_same_embeddings(
     open_engine: Callable[..., Any],
     expected: np.ndarray,  # type: ignore[type-arg]
-    off: str,
 ) -> None:
-    engine: Engine = await open_engine(config(batch_tokens=256, **{off: "off"}))
+    seen: list[Watched] = []
+    section = config(batch_tokens=256, packing="off", workers=1)
+    engine: Engine = await open_engine(section, loader=watched_loader(SPILLED, seen))
+    assert least_cosine(vectors(await engine.analyze(TEXTS, task="embed")), expected) > EXACT
+    assert any(len(set(lengths)) > 1 for lengths, _ in seen[0].batches)
+
+
+async def test_without_prepacked_weights_embeddings_are_the_same(
+    open_engine: Callable[..., Any],
+    expected: np.ndarray,  # type: ignore[type-arg]
+) -> None:
+    engine: Engine = await open_engine(config(batch_tokens=256, prepack="off"))
     assert least_cosine(vectors(await engine.analyze(TEXTS, task="embed")), expected) > EXACT
 
 
@@ -158,26 +168,21 @@ async def test_embeddings_of_other_encoders_equal_plain_ones(
     assert [each.truncated for each in got] == [False, False, True, False]
 
 
-@pytest.mark.parametrize("name", ["head", "roberta"])
+@pytest.mark.parametrize("name", ["head", "roberta", "one-label", "multi-label", "regression"])
 async def test_a_models_own_head_gives_plain_labels_and_scores(
     open_engine: Callable[..., Any], tiny_models: dict[str, Path], name: str
 ) -> None:
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import pipeline
 
     folder = str(tiny_models[name])
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    plain = pipeline("text-classification", model=folder, tokenizer=folder, device="cpu")  # type: ignore[call-overload]
     texts = ["the disk is full", "user login failed", "link lost", "memory error on the disk and the link", "ok"]
     engine: Engine = await open_engine(config(folder))
     got = await engine.analyze(texts)
     for text, analysis in zip(texts, got, strict=True):
-        inputs = tokenizer(text, return_tensors="pt")
-        with torch.inference_mode():
-            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[0]
-        shares = torch.softmax(logits, 0)
-        assert analysis.label == model.config.id2label[int(shares.argmax())]
-        assert analysis.score == pytest.approx(float(shares.max()), abs=1e-4)
+        (wanted,) = plain(text)
+        assert analysis.label == wanted["label"]
+        assert analysis.score == pytest.approx(wanted["score"], abs=1e-4)
 
 
 @pytest.mark.parametrize(

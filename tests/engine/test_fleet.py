@@ -4,17 +4,20 @@ import itertools
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from engine.backend import Backend, DeviceLost, DeviceOutOfMemory
 from engine.fleet import Recovery
+from engine.remote import RemoteBackend, ReopenWorker
 from sluice.errors import Permanent, Retryable
 from tests.engine.fakes import FakeBackend
-from tests.engine.fleets import Fleet, caught_in_the_middle, device, kill, right, rows, until, workers
+from tests.engine.fleets import Fleet, caught_in_the_middle, device, kill, right, rows, spec, until, workers
 
 DEADLY = 900
 
@@ -202,3 +205,29 @@ def test_short_memory_on_one_device_lowers_its_limit_only() -> None:
     small, large = fleet.runner.devices()
     assert large.tokens_max == 256
     assert 0 < small.tokens_max <= 128
+
+
+def test_a_device_of_this_process_that_dies_goes_on_in_a_worker() -> None:
+    lost = device("cuda:0", Fragile(), ReopenWorker(spec()))
+    fleet = Fleet([lost])
+    batch = rows(*range(1, 31))
+    with fleet.running():
+        fleet.add(batch)
+        fleet.wait(len(batch))
+        assert isinstance(lost.backend, RemoteBackend)
+    assert all(right(fleet.outcomes[i], row) for i, row in enumerate(batch))
+    assert fleet.kinds() == ["lost", "restored"]
+
+
+def test_stopping_does_not_wait_for_a_worker_that_is_just_being_opened(tmp_path: Path) -> None:
+    fifo = tmp_path / "opening"
+    os.mkfifo(fifo)
+    slow = replace(spec("tests.engine.fakes:open_never", fifo=str(fifo)), start_s_max=3600.0)
+    fleet = Fleet([device("a", Fragile(), ReopenWorker(slow))])
+    with fleet.running():
+        fleet.add(rows(5, 9))
+        pid = caught_in_the_middle(fifo)
+    assert not psutil.pid_exists(pid)
+    assert fleet.kinds() == ["lost"], "an attempt that was given up is no failure"
+    assert all(isinstance(outcome, Retryable) for outcome in fleet.outcomes.values())
+    assert len(fleet.outcomes) == 2

@@ -14,7 +14,7 @@ from engine.backend import DeviceLost
 from engine.config import CacheConfig, EngineConfig
 from engine.service import Engine, Priority
 from sluice.errors import Backpressure
-from tests.engine.fakes import FakeBackend, byte_tokenizer, fake_loader
+from tests.engine.fakes import Again, FakeBackend, byte_tokenizer, fake_loader
 
 NO_CACHES = CacheConfig(token_bytes_max=0, result_bytes_max=0)
 Open = Callable[..., Any]
@@ -81,7 +81,7 @@ async def test_who_has_time_is_not_told_of_anothers_deadline_when_a_device_dies(
     def load(config: EngineConfig) -> Any:
         loaded = fake_loader(backend)(config)
         backend.armed, backend.gate = True, gate
-        loaded.devices[0].reopen = FakeBackend
+        loaded.devices[0].reopen = Again(FakeBackend)
         return loaded
 
     engine: Engine = await open_engine(EngineConfig(caches=NO_CACHES, worker_restart_s_first=0.01), loader=load)

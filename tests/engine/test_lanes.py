@@ -61,7 +61,7 @@ def test_the_division_that_computes_most_is_chosen() -> None:
 
 def test_a_lane_more_and_a_pin_have_to_pay() -> None:
     assert plan({(2, False): 1.0, (1, False): 1.95, (1, True): 1.95}).lanes == 1
-    assert not plan({(2, False): 1.0, (1, False): 1.5, (1, True): 1.48}).pin
+    assert not plan({(2, False): 1.0, (1, False): 1.5, (1, True): 1.35}).pin
 
 
 def test_without_time_or_choice_there_is_one_lane() -> None:

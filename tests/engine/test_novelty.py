@@ -1,6 +1,7 @@
 """Novelty per stream."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -76,3 +77,62 @@ def test_a_vector_that_is_no_number_is_ignored() -> None:
     broken, odd = novelty.read("s", [np.full(WIDTH, np.nan, np.float32), BASIS[9]])
     assert broken == 0.0
     assert odd > 0.9
+
+
+TEXTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 15)), max_size=120)
+
+
+def scores(novelty: Novelty, texts: list[tuple[int, int]]) -> list[float]:
+    return [novelty.read(f"stream {stream}", [BASIS[kind]])[0] for stream, kind in texts]
+
+
+@given(TEXTS, TEXTS, st.integers(1, 5), st.integers(1, 10))
+def test_what_is_packed_and_unpacked_scores_as_if_nothing_had_happened(
+    before: list[tuple[int, int]], after: list[tuple[int, int]], streams: int, centroids: int
+) -> None:
+    config = NoveltyConfig(streams_max=streams, centroids_max=centroids, warmup_texts=3)
+    novelty, again = Novelty(config, WIDTH, "space"), Novelty(config, WIDTH, "space")
+    scores(again, after)  # which is forgotten
+    scores(novelty, before)
+    packed = novelty.pack()
+    assert len(packed) <= novelty.packed_bytes_max
+    again.unpack(packed)
+    assert scores(again, after) == scores(novelty, after)
+
+
+@pytest.mark.parametrize("at", [0, 8, 11, 12, 40, 200, -1])
+def test_a_packed_state_with_one_wrong_bit_is_refused_and_changes_nothing(at: int) -> None:
+    novelty = Novelty(NoveltyConfig(), WIDTH)
+    novelty.read("s", usual(300))
+    packed = bytearray(novelty.pack())
+    packed[at] ^= 4
+    with pytest.raises(ValueError, match="damaged"):
+        novelty.unpack(bytes(packed))
+    assert novelty.read("s", usual(1))[0] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("space", "config", "width"),
+    [
+        ("another", NoveltyConfig(), WIDTH),
+        ("space", NoveltyConfig(centroids_max=3), WIDTH),
+        ("space", NoveltyConfig(), WIDTH + 1),
+    ],
+)
+def test_a_packed_state_of_another_space_or_of_other_settings_is_refused(
+    space: str, config: NoveltyConfig, width: int
+) -> None:
+    novelty = Novelty(NoveltyConfig(), WIDTH, "space")
+    novelty.read("s", usual(10))
+    with pytest.raises(ValueError, match="another model or other settings"):
+        Novelty(config, width, space).unpack(novelty.pack())
+
+
+def test_streams_of_any_name_are_packed_but_those_that_are_skipped_or_too_long() -> None:
+    novelty = Novelty(NoveltyConfig(), WIDTH)
+    for name in ("plain", "secret", "\ud800 no Unicode", "", "x" * 600):
+        novelty.read(name, usual(3))
+    novelty.read("nothing", [np.full(WIDTH, np.nan, np.float32)])
+    again = Novelty(NoveltyConfig(), WIDTH)
+    again.unpack(novelty.pack(skip={"secret"}))
+    assert list(again._streams) == ["plain", "\ud800 no Unicode", ""]

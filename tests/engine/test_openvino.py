@@ -18,7 +18,6 @@ from engine.backend import Backend, DeviceOutOfMemory
 from engine.config import CacheConfig, EngineConfig
 from engine.models import ModelCard
 from sluice.errors import ConfigError, Permanent
-from tests.engine.fakes import FakeBackend
 from tests.engine.test_backend import rows, run
 
 pytestmark = pytest.mark.skipif(not backends.installed(), reason="the extra is not installed")
@@ -257,30 +256,6 @@ def test_without_the_package_auto_goes_on_and_the_wish_is_refused(
 def test_it_is_refused_on_a_gpu(open_model: Any) -> None:
     with pytest.raises(ConfigError, match="the device is 'cuda:0'"):
         open_model("bert", device="cuda:0")
-
-
-class Clockwork(FakeBackend):
-    """A device whose batches take what the test says."""
-
-    def __init__(self, hands: list[float], takes_s: list[float]) -> None:
-        super().__init__()
-        self._hands = hands
-        self._takes_s = takes_s
-
-    def submit(self, rows: Any, length: int) -> object:
-        self._hands[0] += self._takes_s.pop(0) if len(self._takes_s) > 1 else self._takes_s[0]
-        return super().submit(rows, length)
-
-
-def test_the_comparison_takes_turns_forgets_the_first_round_and_keeps_to_its_time() -> None:
-    hands = [0.0]
-    pair: list[Backend] = [Clockwork(hands, [9.0, 3.0, 2.0]), Clockwork(hands, [0.1, 4.0, 5.0])]
-    assert backends.least_s(pair, 1000.0, lambda: hands[0]) == pytest.approx([2.0, 4.0])
-    hands = [0.0]
-    pair = [Clockwork(hands, [9.0, 3.0, 2.0]), Clockwork(hands, [0.1, 4.0, 5.0])]
-    assert backends.least_s(pair, 10.0, lambda: hands[0]) == pytest.approx([3.0, 4.0]), (
-        "one round counts whatever it takes"
-    )
 
 
 async def test_the_engine_runs_on_it_and_results_keep_their_identity(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,20 @@ def open_preparer(damage: list[str]) -> Iterator[Open]:
 
 def ids(results: Any) -> list[list[int]]:
     return [each.ids.tolist() for each in results]
+
+
+def test_a_text_that_prints_otherwise_is_taken_by_its_content(open_preparer: Open) -> None:
+    class Kind(StrEnum):
+        FULL = "disk full"
+
+        def __str__(self) -> str:
+            return "another text"
+
+    preparer = open_preparer()
+    (first,) = preparer.prepare([Kind.FULL], "s")
+    (second,) = preparer.prepare(["disk full"], "s")
+    assert preparer.counts.token_hits == 1
+    assert ids([first, second]) == [ids(open_preparer().prepare(["disk full"], "s"))[0]] * 2
 
 
 def test_hits_and_misses_are_counted(open_preparer: Open) -> None:

@@ -19,9 +19,10 @@ from engine.memory import Admission
 from engine.runner import Report, Runner
 from engine.scheduler import Limits, Scheduler
 from sluice.errors import Backpressure, Retryable
-from tests.engine.fakes import FakeBackend, embedding
+from tests.engine.fakes import Again, FakeBackend, embedding
 
 POISON = 999
+STEPS = (1, 2, 4, 8, 16, 24)
 
 
 class Desk:
@@ -35,7 +36,7 @@ class Desk:
         self.admissions = [Admission(budget) for _ in backends]
         self.devices = [
             # The same object stands for the device that was opened anew.
-            Device(f"fake/{i}", backend, CostTracker(), self.admissions[i], lambda backend=backend: backend)
+            Device(f"fake/{i}", backend, CostTracker(), self.admissions[i], Again(lambda backend=backend: backend))
             for i, backend in enumerate(backends)
         ]
         self.reports: list[Report] = []
@@ -94,7 +95,7 @@ def right(outcome: object, row: np.ndarray) -> bool:  # type: ignore[type-arg]
     return isinstance(outcome, np.ndarray) and bool((outcome == embedding(row)).all())
 
 
-kinds = st.sampled_from(["exact", "fixed", "packed"])
+kinds = st.sampled_from(["exact", "fixed", "filled", "packed"])
 
 
 @settings(max_examples=40)
@@ -114,7 +115,8 @@ def test_out_of_memory_never_loses_doubles_or_changes_a_text(
             FakeBackend(
                 memory_tokens=memory,
                 fail_submissions=failures,
-                exact_lengths=kind != "fixed",
+                exact_lengths=kind not in {"fixed", "filled"},
+                row_steps=STEPS if kind == "filled" else (),
                 packed=kind == "packed",
                 depth=depth,
             )
@@ -149,7 +151,8 @@ def test_devices_that_die_never_lose_double_or_change_a_text(
                 lose_submissions=at_submit,
                 lose_collections=at_collect,
                 fail_submissions={3, 4},
-                exact_lengths=kind != "fixed",
+                exact_lengths=kind not in {"fixed", "filled"},
+                row_steps=STEPS if kind == "filled" else (),
                 packed=kind == "packed",
                 depth=depth,
             )
@@ -326,3 +329,36 @@ def test_a_packed_device_computes_no_padding_and_its_budget_counts_real_tokens()
     assert sum(report.padded_tokens for report in desk.reports) == sum(lengths)
     assert max(report.tokens for report in desk.reports) <= 128
     assert len(desk.reports) <= 1.4 * sum(lengths) / 128
+
+
+def test_rows_that_only_fill_a_batch_up_count_as_padding_and_as_cost() -> None:
+    backend = FakeBackend(exact_lengths=False, row_steps=STEPS)
+    desk = Desk(backend, budget=512)
+    lengths = [3, 17, 30, 64, 9, 12] * 9 + [8] * 39
+    desk.run(rows(*lengths))
+    ran = [(min((step for step in STEPS if step >= count), default=count), n) for count, n in backend.batches]
+    assert any(filled > count for (filled, _), (count, _) in zip(ran, backend.batches, strict=True))
+    assert any(count > STEPS[-1] for count, _ in backend.batches), "beyond the last step nothing is filled up"
+    assert [report.padded_tokens for report in desk.reports] == [filled * n for filled, n in ran]
+    assert sum(report.rows for report in desk.reports) == len(lengths)
+    samples = {sample[:3] for sample in desk.devices[0].costs.samples()}
+    assert samples <= {(filled, filled * n, filled * n * n) for filled, n in ran}
+
+
+def test_what_failed_or_waited_says_nothing_about_what_batches_cost() -> None:
+    desk = Desk(FakeBackend(poison=POISON))
+    desk.run([np.array([5, POISON, 7], np.int32)])
+    assert desk.devices[0].costs.samples() == []
+    desk = Desk(FakeBackend(fail_submissions={1, 2}), memory_wait_s_max=30.0)
+    desk.runner.pause = lambda seconds: not desk.runner.stopping  # type: ignore[method-assign] # no real waiting
+    desk.run(rows(10))
+    assert desk.reports[0].waited_s > 0
+    assert desk.devices[0].costs.samples() == []
+
+
+def test_stopping_gives_up_opening_a_device_anew() -> None:
+    desk = Desk(FakeBackend())
+    desk.run(rows(5))
+    reopen = desk.devices[0].reopen
+    assert isinstance(reopen, Again)
+    assert reopen.cancelled

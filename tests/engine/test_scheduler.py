@@ -274,6 +274,15 @@ def test_a_text_longer_than_the_budget_runs_alone() -> None:
     assert len(subject.next_batch(0.0).batch) == 1
 
 
+def test_a_device_with_steps_of_rows_gets_batches_that_need_no_filling_up_while_enough_waits() -> None:
+    subject = scheduler(batch_tokens=1000)
+    terms = Terms(1000, COST, row_steps=(1, 2, 4, 8, 16, 24, 32))
+    subject.add([item(i, 32) for i in range(45)])
+    assert [len(subject.next_batch(0.0, terms).batch) for _ in range(3)] == [24, 21, 0]
+    subject.add([item(i, 64) for i in range(30)])
+    assert [len(subject.next_batch(0.0, terms).batch) for _ in range(3)] == [8, 8, 8]
+
+
 def test_short_memory_lowers_the_budget_of_the_next_batch() -> None:
     subject = scheduler()
     subject.add([item(i, 32) for i in range(32)])

@@ -29,13 +29,13 @@ def test_in_a_stream_less_than_eight_percent_is_padding(capacity: float, load: f
 
 
 def test_fine_classes_cost_no_throughput_and_packing_none_either(capacity: float) -> None:
-    coarse = TEXTS / simulate(POLICIES["ours, fixed shapes"](), BACKLOG).seconds
+    coarse = TEXTS / simulate(POLICIES["ours, CUDA graphs"](), BACKLOG).seconds
     packed = TEXTS / simulate(Ours(packed=True), BACKLOG).seconds
     assert capacity > 1.08 * coarse
     assert packed > 0.99 * capacity
     for load in (0.5, 0.8):
         arriving = texts(TEXTS, rate=load * capacity)
-        fine, wide = simulate(Ours(), arriving), simulate(POLICIES["ours, fixed shapes"](), arriving)
+        fine, wide = simulate(Ours(), arriving), simulate(POLICIES["ours, CUDA graphs"](), arriving)
         for priority in Priority:
             assert fine.latency(0.99, arriving, priority) < 1.05 * wide.latency(0.99, arriving, priority)
 

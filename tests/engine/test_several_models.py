@@ -145,7 +145,7 @@ async def test_a_call_that_outlasts_the_swap_gets_an_error_and_is_not_lost(open_
     await until(shelf.backends["first"].started.is_set)
     swap = asyncio.create_task(engine.swap("default", "next"))
     await until(lambda: engine.model == "next")
-    await until(lambda: len(engine._alive) == 1 or any(served._closed for served in engine._alive))
+    await until(lambda: any(served.is_open and served._session.runner.stopping for served in engine._alive))
     gate.set()
     await swap
     results = await stuck

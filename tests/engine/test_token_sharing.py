@@ -1,6 +1,8 @@
 """The token cache between processes: one writes, the others follow, whatever happens to the one that writes."""
 
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from engine import token_arena
 from engine.token_arena import Arena
+from engine.token_cache import TAKE_OVER_EVERY_S
 from tests.engine.test_token_cache import arenas, check, fill, key, open_cache
 
 # Another process that opens the cache and does as it is told, one line at a time.
@@ -28,6 +31,15 @@ for line in sys.stdin:
     print("done", flush=True)
 """
 ROOT = Path(__file__).resolve().parents[2]
+
+
+class Clock:
+    """Stands still until the test moves it."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 class Other:
@@ -128,7 +140,7 @@ def test_a_writer_killed_in_mid_append_harms_neither_its_readers_nor_the_next_wr
 ) -> None:
     writer = other()
     writer.fill(0, 30)
-    reader = open_cache(directory)
+    reader = open_cache(directory, clock=Clock())
     writer.order(30, 10_000_000)
     for number in range(100 * (round_number + 1)):
         reader.refresh()
@@ -137,7 +149,7 @@ def test_a_writer_killed_in_mid_append_harms_neither_its_readers_nor_the_next_wr
     reader.refresh()
     seen = {number for number in range(5000) if check(reader, number)}
     fill(reader, 20, start=20_000_000)
-    assert reader.role == "reader", "it takes nothing over while it runs"
+    assert reader.role == "reader", "it is not yet time to take over"
     following = open_cache(directory)
     assert following.role == "writer"
     assert {number for number in range(5000) if check(following, number)} == seen
@@ -146,6 +158,67 @@ def test_a_writer_killed_in_mid_append_harms_neither_its_readers_nor_the_next_wr
     assert all(check(reader, number) for number in range(30_000_000, 30_000_020))
     reader.close()
     following.close()
+
+
+def test_one_reader_takes_the_place_of_a_writer_that_is_gone(directory: Path, other: Callable[..., Other]) -> None:
+    writer = other()
+    writer.fill(0, 50)
+    clock = Clock()
+    readers = [open_cache(directory, clock=clock) for _ in range(2)]
+
+    def roles() -> list[str]:
+        for reader in readers:
+            reader.refresh()
+        return [reader.role for reader in readers]
+
+    fill(readers[0], 5, start=1000)
+    clock.now += TAKE_OVER_EVERY_S
+    assert roles() == ["reader", "reader"], "the writer is there"
+    writer.order(50, 10_000_000)
+    writer.kill()
+    assert roles() == ["reader", "reader"], "they do not ask before each batch"
+    clock.now += TAKE_OVER_EVERY_S
+    assert roles() == ["writer", "reader"], "only one of them"
+    assert all(check(readers[0], number) for number in range(50))
+    fill(readers[0], 10, start=20_000_000)
+    assert roles() == ["writer", "reader"]
+    assert all(check(readers[1], number) for number in (*range(50), *range(20_000_000, 20_000_010)))
+    assert other().role == "reader"
+    readers[0].close()
+    clock.now += TAKE_OVER_EVERY_S
+    readers[1].refresh()
+    assert readers[1].role == "writer"
+    readers[1].close()
+
+
+def test_a_place_that_cannot_be_taken_leaves_a_cache_in_memory(directory: Path, other: Callable[..., Other]) -> None:
+    writer, clock = other(), Clock()
+    damage: list[str] = []
+    reader = open_cache(directory, clock=clock, on_damage=damage.append)
+    folder = arenas(directory)[0].parent
+    writer.kill()
+    shutil.rmtree(folder)
+    folder.write_text("in the way")
+    clock.now += TAKE_OVER_EVERY_S
+    reader.refresh()
+    assert (reader.role, len(damage)) == ("memory", 1)
+    fill(reader, 5)
+    reader.refresh()
+    assert all(check(reader, number) for number in range(5))
+    reader.close()
+
+
+def test_the_lock_of_a_folder_that_is_removed_at_that_moment_is_none(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked = fcntl.flock
+
+    def too_late(descriptor: int, how: int) -> None:
+        shutil.rmtree(directory)
+        locked(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", too_late)
+    assert token_arena.lock(directory) is None
 
 
 @pytest.mark.parametrize("how", ["truncated", "removed", "replaced by another size"])

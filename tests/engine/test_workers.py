@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from engine.backend import DeviceLost, DeviceOutOfMemory
 from engine.config import CacheConfig, EngineConfig
 from engine.devices import numa_nodes
 from engine.loading import Loaded, load
-from engine.remote import RemoteBackend, WorkerSpec, open_workers
+from engine.remote import RemoteBackend, ReopenWorker, WorkerSpec, _Child, open_workers
 from sluice.errors import ConfigError, Permanent, Retryable
 from tests.engine.fleets import FAKE, Fleet, caught_in_the_middle, kill, right, rows, spec, until, workers
 
@@ -80,7 +81,7 @@ def test_a_backend_that_cannot_be_opened_raises_what_it_would_here() -> None:
         RemoteBackend(spec("tests.engine.test_workers:die"))
     with pytest.raises(Permanent, match="no safetensors"):
         open_workers([spec(), spec("tests.engine.test_workers:refuse"), spec()])
-    assert not [child for child in psutil.Process().children() if "engine.worker" in child.cmdline()]
+    assert not children()
 
 
 def refuse() -> None:
@@ -93,6 +94,68 @@ def break_down() -> None:
 
 def die() -> None:
     kill(os.getpid())
+
+
+def hang() -> None:
+    threading.Event().wait()
+
+
+def children() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "engine.worker" in child.cmdline()]
+
+
+def test_a_worker_that_nobody_waits_for_any_more_is_not_started() -> None:
+    reopen = ReopenWorker(spec())
+    reopen.cancel()
+    with pytest.raises(Retryable, match="nobody waits"):
+        reopen()
+    assert not children()
+
+
+def test_a_start_that_is_given_up_at_its_very_beginning_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    reopen = ReopenWorker(replace(spec("tests.engine.test_workers:hang"), start_s_max=5.0))
+
+    class Late(_Child):
+        def __init__(self) -> None:
+            super().__init__()
+            reopen.cancel()
+
+    monkeypatch.setattr("engine.remote._Child", Late)
+    with pytest.raises(Retryable, match=r"did not start.*SIGKILL"):
+        reopen()
+    assert not children()
+
+
+def test_a_worker_that_ends_before_it_was_told_what_to_open_is_an_error_to_try_again() -> None:
+    child = _Child()
+    child.kill()
+    with pytest.raises(Retryable, match="did not start"):
+        RemoteBackend(spec(), child)
+    assert not children()
+
+
+def test_giving_up_later_starts_ends_no_worker_that_is_at_work() -> None:
+    reopen = ReopenWorker(spec())
+    backend = reopen()
+    try:
+        reopen.cancel()
+        assert all(map(right, backend.collect(backend.submit(rows(5, 3), 5)), rows(5, 3)))
+    finally:
+        backend.close()
+
+
+def test_a_worker_that_cannot_be_started_at_all_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for nothing in ("/nowhere/python", None):
+        monkeypatch.setattr(sys, "executable", nothing)
+        with pytest.raises(Retryable, match="cannot be started"):
+            RemoteBackend(spec())
+
+
+def test_a_figure_that_cannot_be_had_does_not_cost_the_worker() -> None:
+    with worker(memory_unknown=True) as backend:
+        with pytest.raises(RuntimeError, match="no figures"):
+            backend.memory()
+        assert all(map(right, backend.collect(backend.submit(rows(5, 3), 5)), rows(5, 3)))
 
 
 def test_a_dead_process_is_a_lost_device_that_says_how() -> None:
@@ -284,6 +347,14 @@ def test_nodes_are_read_as_linux_tells_them(tmp_path: Path) -> None:
     assert numa_nodes(range(16), tmp_path) == [(0, 1, 2, 3, 8), (4, 5, 6, 7)]
     assert numa_nodes([1, 4, 5], tmp_path) == [(1,), (4, 5)]
     assert numa_nodes([3, 1], tmp_path / "none") == [(1, 3)]
+
+
+def test_a_worker_whose_cpus_were_taken_away_works_on_others() -> None:
+    backend = RemoteBackend(WorkerSpec(FAKE, cpus=(1023,)))
+    try:
+        assert os.sched_getaffinity(backend.pid) == os.sched_getaffinity(0)
+    finally:
+        backend.close()
 
 
 def test_a_worker_can_be_bound_to_cpus() -> None:

@@ -61,6 +61,11 @@ def build_all(root: Path) -> dict[str, Path]:
     three = {"id2label": {0: "low", 1: "middle", 2: "high"}, "label2id": {"low": 0, "middle": 1, "high": 2}}
     entities = {"id2label": dict(enumerate(ENTITIES)), "label2id": {label: i for i, label in enumerate(ENTITIES)}}
     made: dict[str, Any] = {
+        "one-label": BertForSequenceClassification(BertConfig(**SHAPE, num_labels=1)),
+        "multi-label": BertForSequenceClassification(
+            BertConfig(**SHAPE, **three, problem_type="multi_label_classification")
+        ),
+        "regression": BertForSequenceClassification(BertConfig(**SHAPE, num_labels=1, problem_type="regression")),
         "bert": BertModel(BertConfig(**SHAPE)),
         "bert-cls": BertModel(BertConfig(**SHAPE)),
         "head": BertForSequenceClassification(BertConfig(**SHAPE, **three)),
