@@ -7,7 +7,8 @@ everything waits at the start. Load: Poisson arrivals at a share of what our pad
 every policy sees the same arrivals.
 
 Policies: one by one; first in, first out in batches of 32; a sort of 8 batches of 32 (as infinity-emb does); the
-classic buckets 32/64/128/256, padded to their edges; ours padded to the longest row; ours packed (no padding).
+classic buckets 32/64/128/256, padded to their edges; ours with the fixed shapes of CUDA graphs (edges of the ladder,
+steps of rows); ours padded to the longest row; ours packed (no padding).
 """
 
 import argparse
@@ -26,6 +27,7 @@ from engine.config import LADDER, EngineConfig
 from engine.cost import CostModel
 from engine.lane import Item, Priority
 from engine.scheduler import Limits, Scheduler, Terms
+from engine.torch_cuda import ROW_LADDER
 
 COST = CostModel(launch_s=0.005, token_s=0.00013, attention_s=0.0, row_s=0.0)
 LENGTH_MAX = 256
@@ -36,6 +38,8 @@ NEVER = float("inf")
 class Policy(Protocol):
     """What decides which texts run together."""
 
+    row_steps: Sequence[int]
+
     def add(self, item: Item) -> None:
         """A text arrives."""
 
@@ -45,6 +49,8 @@ class Policy(Protocol):
 
 class Fifo:
     """First in, first out, at most `rows` at a time, padded to the longest."""
+
+    row_steps: Sequence[int] = ()
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
@@ -60,6 +66,8 @@ class Fifo:
 
 class Sorted:
     """Takes `window` batches of `rows` at once, sorts them by length, and runs them one after the other."""
+
+    row_steps: Sequence[int] = ()
 
     def __init__(self, rows: int = 32, window: int = 8) -> None:
         self._rows, self._window = rows, window
@@ -83,14 +91,21 @@ class Ours:
     """The engine's scheduler with its default configuration."""
 
     def __init__(
-        self, cost: CostModel = COST, edges: Sequence[int] = LADDER, *, packed: bool = False, exact: bool = True
+        self,
+        cost: CostModel = COST,
+        edges: Sequence[int] = LADDER,
+        *,
+        packed: bool = False,
+        exact: bool = True,
+        row_steps: tuple[int, ...] = (),
     ) -> None:
         config = EngineConfig()
         waits = (config.online_max_wait_ms / 1000, config.background_max_wait_ms / 1000)
         limits = Limits(cost.budget_tokens(), config.batch_rows_max, 1 << 40, config.online_share, waits)
         ladder = Ladder(edges, LENGTH_MAX)
         self._scheduler = Scheduler(ladder.refined() if exact or packed else ladder, limits, cost)
-        self._terms = Terms(limits.batch_tokens, cost, packed)
+        self._terms = Terms(limits.batch_tokens, cost, packed, row_steps)
+        self.row_steps = row_steps
         self._exact = exact
 
     def add(self, item: Item) -> None:
@@ -108,7 +123,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "first in, first out, 32": lambda: Fifo(32),
     "sort of 8 x 32": Sorted,
     "classic buckets": lambda: Ours(edges=(32, 64, 128, 256), exact=False),
-    "ours, fixed shapes": lambda: Ours(exact=False),
+    "ours, CUDA graphs": lambda: Ours(exact=False, row_steps=ROW_LADDER),
     "ours, padded": Ours,
     "ours, packed": lambda: Ours(packed=True),
 }
@@ -171,7 +186,9 @@ def simulate(policy: Policy, items: Sequence[Item], cost: CostModel = COST, lane
             heappush(free, items[following].arrived_s if following < len(items) else min(free, default=NEVER))
             continue
         own = [item.tokens if length is None else length for item in batch]
-        end = now + cost.work_s(len(batch), sum(own), sum(n * n for n in own))
+        filled = min((step for step in policy.row_steps if step >= len(own)), default=len(own))
+        own += [length or 0] * (filled - len(own))
+        end = now + cost.work_s(len(own), sum(own), sum(n * n for n in own))
         outcome.tokens += sum(item.tokens for item in batch)
         outcome.computed += sum(own)
         outcome.batches.append((now, tuple(batch)))
