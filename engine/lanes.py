@@ -24,6 +24,8 @@ GAIN_MIN: Final = 1.05
 # files now and then, pinned lanes lost a third of their speed and others nothing.
 PIN_GAIN_MIN: Final = 1.15
 ROUNDS_MAX: Final = 5
+# One round of all candidates is worth more time than was given: to guess cost half the speed where it was seen.
+FIRST_ROUND_PATIENCE: Final = 4
 
 
 @runtime_checkable
@@ -75,7 +77,8 @@ def choose_lanes(
     Args:
         backend: open, and not driven by anybody meanwhile. Without a `twin` method it gets one lane.
         allowed_cpus: of this process, ascending.
-        seconds_max: when this is too short for one round of all candidates, one lane of all CPUs is chosen.
+        seconds_max: when FIRST_ROUND_PATIENCE times this is too short for one round of all candidates, one lane of all
+            CPUs is chosen.
         clock: monotonic seconds.
 
     Returns:
@@ -87,11 +90,13 @@ def choose_lanes(
         return LanePlan(1, count, pin=False, reason=f"1 lane: {why}")
     plans = candidates(count)
     try:
-        least = _measure(backend, plans, allowed_cpus, clock() + seconds_max, clock)
+        least = _measure(backend, plans, allowed_cpus, seconds_max, clock)
     except DeviceOutOfMemory:
         return LanePlan(1, count, pin=False, reason="1 lane: memory ran out when several were tried")
     if least is None:
-        return LanePlan(1, count, pin=False, reason=f"1 lane: {seconds_max} s were too short to compare")
+        return LanePlan(
+            1, count, pin=False, reason=f"1 lane: {FIRST_ROUND_PATIENCE * seconds_max:g} s were too short to compare"
+        )
     best = _best(plans, least)
     measured = ", ".join(f"{plan} {least[0] / seconds:.2f}" for plan, seconds in zip(plans, least, strict=True))
     return LanePlan(best.lanes, best.threads, best.pin, f"{best}: measured {measured} times one lane's speed")
@@ -116,21 +121,22 @@ def _best(plans: Sequence[LanePlan], least: Sequence[float]) -> LanePlan:
 
 
 def _measure(
-    backend: Twinned, plans: Sequence[LanePlan], cpus: Sequence[int], end_s: float, clock: Callable[[], float]
+    backend: Twinned, plans: Sequence[LanePlan], cpus: Sequence[int], seconds_max: float, clock: Callable[[], float]
 ) -> list[float] | None:
     """The least time in seconds that each plan takes for one batch per CPU; None when the time was too short."""
+    begun_s = clock()
     least = [float("inf")] * len(plans)
     with ExitStack() as stack:
         crews = [_Crew(stack, backend, plan, cpus) for plan in plans]
         for round_ in range(ROUNDS_MAX + 1):
             for place, crew in enumerate(crews):
-                if round_ < 2 and place and clock() >= end_s:
+                if round_ < 2 and place and clock() - begun_s >= FIRST_ROUND_PATIENCE * seconds_max:
                     return None
                 start = clock()
                 crew.work(len(cpus) // crew.lanes if round_ else 1)
                 if round_:  # the first one warms up
                     least[place] = min(least[place], clock() - start)
-            if round_ and clock() >= end_s:
+            if round_ and clock() - begun_s >= seconds_max:
                 break
     return least
 

@@ -66,8 +66,9 @@ def test_a_lane_more_and_a_pin_have_to_pay() -> None:
 
 def test_without_time_or_choice_there_is_one_lane() -> None:
     batch_s = {(2, False): 1.0, (1, False): 1.1, (1, True): 1.1}
-    assert plan(batch_s, seconds_max=2.5).lanes == 1
-    assert "too short" in plan(batch_s, seconds_max=2.5).reason
+    assert plan(batch_s, seconds_max=0.6).lanes == 1
+    assert "2.4 s were too short" in plan(batch_s, seconds_max=0.6).reason
+    assert plan(batch_s, seconds_max=2.5).lanes == 2, "one round of all is worth some patience"
     assert plan(batch_s, cpus=1).threads == 1
     assert choose_lanes(FakeBackend(), range(8), 1.0).threads == 8
 
