@@ -139,7 +139,10 @@ class Feed:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def drain(self, deadline_s: float) -> None:
-        """Refuses new calls, gives every subscription its token, answers what the engine has begun, then ends."""
+        """Refuses new calls, gives every subscription its token, answers what the engine has begun, then ends.
+
+        A text may take longer than there is time: half of it is waited, so that whoever is drained next has some.
+        """
         if self._draining.is_set():
             return
         self._draining.set()
@@ -147,7 +150,7 @@ class Feed:
             await self._health.enter_graceful_shutdown()
             self._hub.drain("the server is shutting down")
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(deadline_s):
+                async with asyncio.timeout(deadline_s / 2):
                     await self._wait_until_idle()
             # The last messages are on their way; whoever does not take them must not hold up the end.
             await self._server.stop(LAST_MESSAGES_S)

@@ -146,7 +146,9 @@ def load_generative(config: EngineConfig) -> Generative:
     reasons = {"model": f"{card.name}, version {card.version}, from {card.folder}"}
     factory, sees = _factory(card)
     device, dtype = _place(config, card, reasons)
-    net = models.load_weights(card, factory, dtype).to(device)
+    net = models.load_weights(card, factory, dtype)
+    with models.translated(card, f"weights onto {device}"):
+        net = net.to(device)
     return Generative(card, net, _tokenizer(card), _processor(card) if sees else None, config, reasons)
 
 

@@ -16,6 +16,8 @@ from sluice.errors import Permanent, SluiceError
 STOPS_MAX: Final = 16
 STOP_CHARACTERS_MAX: Final = 256
 TEMPERATURE_MAX: Final = 10.0
+# Logits are divided by it: below, they overflow, and on a GPU what is no number kills the context.
+TEMPERATURE_MIN: Final = 0.01
 
 Finish = Literal["", "end", "length", "stop"]
 
@@ -80,8 +82,10 @@ class Ask:
         wanted, most = self.max_new_tokens, config.generation.new_tokens_max
         if wanted is not None and not 1 <= wanted <= most:
             raise Permanent(f"max_new_tokens {wanted} is not in 1 to {most} (engine.generation.new_tokens_max)")
-        if not 0 <= self.temperature <= TEMPERATURE_MAX:
-            raise Permanent(f"temperature {self.temperature} is not in 0 to {TEMPERATURE_MAX}")
+        if self.temperature != 0 and not TEMPERATURE_MIN <= self.temperature <= TEMPERATURE_MAX:
+            raise Permanent(
+                f"temperature {self.temperature} is neither 0 nor in {TEMPERATURE_MIN} to {TEMPERATURE_MAX}"
+            )
         if len(self.stop) > STOPS_MAX or not all(0 < len(each) <= STOP_CHARACTERS_MAX for each in self.stop):
             raise Permanent(f"stop: at most {STOPS_MAX} texts, each of 1 to {STOP_CHARACTERS_MAX} characters")
 

@@ -18,6 +18,8 @@ AGAIN: Final = "copy or download the model again"
 # Weights of up to this many bytes are hashed whole, in about a second; of larger ones, samples.
 WHOLE_BYTES_MAX: Final = 1 << 30
 _SAMPLE_BYTES: Final = 4096
+# Of a safetensors header, as the library has it. What claims more is damaged, and is not read into memory.
+_HEADER_BYTES_MAX: Final = 100_000_000
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def weights_digest(files: Iterable[Path], whole_bytes_max: int = WHOLE_BYTES_MAX
 def _samples(content: IO[bytes], size: int) -> Iterator[bytes]:
     """The header, and three pieces of each tensor. A damaged file ends early: opening it names the damage."""
     header_bytes = int.from_bytes(content.read(8), "little")
-    header = content.read(min(header_bytes, size))
+    header = content.read(min(header_bytes, size, _HEADER_BYTES_MAX))
     yield header
     for start, end in pairwise(_borders(header)):
         for place in (start, (start + end) // 2, max(start, end - _SAMPLE_BYTES)):

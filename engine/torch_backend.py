@@ -48,7 +48,8 @@ def open_backend(config: EngineConfig, card: ModelCard, reasons: dict[str, str])
         from engine.torch_cuda import CudaBackend
 
         info = _info(str(device), "fp32", card, net, length_max, depth=2, exact=False)
-        net, precision = torch_forms.place(net, device, config.precision, _cuda_candidates(device), reasons)
+        with models.translated(card, f"weights onto {device}"):
+            net, precision = torch_forms.place(net, device, config.precision, _cuda_candidates(device), reasons)
         if config.compile:
             reasons["compile"] = "not compiled: on CUDA, graphs are replayed instead (engine.cuda_graphs_max)"
         return CudaBackend(net, replace(info, precision=precision), config)

@@ -258,3 +258,19 @@ async def test_drain_lets_a_text_end_and_refuses_the_next(
         scripted.gate.set()
         assert (await asyncio.wait_for(_whole(call), TIMEOUT_S)).HasField("end")
         await drained
+
+
+async def test_a_text_that_takes_too_long_leaves_time_to_whoever_is_drained_next(
+    topics: Topics, tmp_path: Path, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("central.feed.LAST_MESSAGES_S", 0.1)
+    async with running_feed(topics, tmp_path, scripted) as (feed, target), stub(target) as client:
+        scripted.gate.clear()
+        call = client.Generate(Request(prompt="x"))
+        assert (await read(call)).text == "The "
+        # As `serve` does it: what is not done by then is cancelled in its midst.
+        async with asyncio.timeout(2.0):
+            await feed.drain(2.0)
+        assert feed._ended.is_set()
+        code, _, _ = await refusal(call)
+        assert code in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}

@@ -249,6 +249,7 @@ async def test_a_failing_device_fails_its_requests_and_the_next_ones_work(
         ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens 0 is not in 1 to 256"),
         ({"prompt": "x", "max_new_tokens": 257}, "engine.generation.new_tokens_max"),
         ({"prompt": "x", "temperature": -1.0}, "temperature -1.0"),
+        ({"prompt": "x", "temperature": 1e-40}, "temperature 1e-40 is neither 0 nor in 0.01 to 10.0"),
         ({"prompt": "x", "temperature": float("nan")}, "temperature nan"),
         ({"prompt": "x", "stop": [""]}, "stop: at most"),
         ({"prompt": "x", "images": [b"..."]}, "takes text alone; images need an image-text model"),

@@ -2,13 +2,15 @@
 
 import errno
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine import loading, models
+from engine import loading, models, torch_backend
+from engine.config import EngineConfig
 from engine.model_files import WHOLE_BYTES_MAX, weights_digest
 from engine.models import ModelCard
 from sluice.errors import Permanent, Retryable
@@ -102,3 +104,33 @@ def test_damage_is_still_called_so(tiny_models: dict[str, Path]) -> None:
     for error in (RuntimeError("Error(s) in loading state_dict"), OSError("no file named model.safetensors")):
         with pytest.raises(Permanent, match="copy or download"), models.translated(card, "weights"):
             raise error
+
+
+def test_a_header_that_claims_more_than_one_can_have_is_not_read_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.model_files._HEADER_BYTES_MAX", 1000)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"\xff" * 7 + b"\x7f" + bytes(8 << 20))
+    tracemalloc.start()
+    try:
+        weights_digest([file], 0)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_no_room_for_the_weights_on_the_device_is_no_damage(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("engine.torch_backend._device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("engine.torch_backend._cuda_candidates", lambda _: ["fp16"])
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    card = models.read_card(str(tiny_models["bert"]), tiny_models["bert"])
+    with pytest.raises(Retryable, match=r"cannot load the weights onto cuda now: .*out of memory.* free memory"):
+        torch_backend.open_backend(EngineConfig(device="cuda"), card, {})
