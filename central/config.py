@@ -27,7 +27,9 @@ class AnalysisConfig(Section, frozen=True, kw_only=True):
         tuple[str, ...],
         Meta(description="Globs of the streams whose texts are analysed; records without text are not."),
     ] = ("*",)
-    task: Annotated[str, Meta(min_length=1, description="The engine's task: classify, embed, novelty.")] = "classify"
+    task: Annotated[str, Meta(min_length=1, description="The engine's task: classify, embed, novelty or tokens.")] = (
+        "classify"
+    )
     model: Annotated[str, Meta(description="One of engine.models; empty: the default one that offers the task.")] = ""
     embed: Annotated[bool, Meta(description="Whether results carry the embedding.")] = False
     in_flight_envelopes_max: Annotated[int, Meta(ge=1, description="Envelopes worked on at once.")] = 8

@@ -67,7 +67,8 @@ def section(values: Mapping[str, Any], settings: Sequence[str] = ()) -> EngineCo
         key, sign, value = setting.partition("=")
         if not sign:
             raise ConfigError(f"--set {setting[:64]!r}: not of the form key=value")
-        *parents, leaf = key.strip().split(".")
+        # As the documentation names them, too.
+        *parents, leaf = key.strip().removeprefix("engine.").split(".")
         inner = tree
         for parent in parents:
             inner = inner.setdefault(parent, {})

@@ -30,6 +30,9 @@ SHAPES_GPU: Final = ((64, 128), (128, 256))
 # Lengths of a packed batch: each a few times, as neighbours in a queue are.
 MIXED: Final = (9, 9, 12, 12, 15, 18, 18, 21, 24, 30, 36, 48, 64, 96, 160, 224)
 RUNS: Final = 3
+# Above this mean error of the fit, other work on the machine is the likelier cause. On a quiet one it is 1 to 6%.
+ERROR_MAX: Final = 0.15
+BUSY: Final = ": was the machine busy? Measure again when it is quiet, or set batch_tokens, precision and workers"
 
 
 def measure_devices(
@@ -187,7 +190,8 @@ def _cost_reason(costs: CostTracker, samples: Sequence[Sample]) -> str:
     return (
         f"{model.launch_s * 1e3:.2f} ms a batch + {model.token_s * 1e6:.1f} us a token + "
         f"{model.attention_s * 1e9:.2f} ns a token pair + {model.row_s * 1e6:.1f} us a row; "
-        f"{len(samples)} shapes measured, mean error {relative_error(model, samples):.0%}"
+        f"{len(samples)} shapes measured, mean error {(error := relative_error(model, samples)):.0%}"
+        f"{BUSY if error > ERROR_MAX else ''}"
     )
 
 

@@ -299,6 +299,14 @@ class EngineConfig(Section, frozen=True):
             "`online_share` of them is for online ones.",
         ),
     ] = 4096
+    calls_in_line_max: Annotated[
+        int,
+        msgspec.Meta(
+            ge=1,
+            description="Calls of a priority that wait, prepared, for room in a full queue; beyond it new ones get "
+            "back-pressure.",
+        ),
+    ] = 64
     tokenizer_processes: Annotated[
         int,
         msgspec.Meta(

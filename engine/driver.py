@@ -295,6 +295,7 @@ class Driver:
         """Opens the device anew. False when the runner is stopping, or nothing can be opened."""
         device, source = self._device, self._source
         device.alive = False
+        device.memory = None
         device.losses += 1
         source.tell("lost", device, str(lost))
         with suppress(Exception):  # it is dead: nothing can go more wrong

@@ -81,10 +81,12 @@ class Flights:
 
     Args:
         runner: computes them.
+        calls_in_line_max: calls of a priority that wait for room; a further one is refused.
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, calls_in_line_max: int) -> None:
         self._runner = runner
+        self._calls_in_line_max = calls_in_line_max
         self._ids = itertools.count()
         self._by_id: dict[int, _Flight] = {}
         self._by_key: dict[bytes, int] = {}
@@ -99,12 +101,23 @@ class Flights:
     def admit(self, priority: Priority) -> None:
         """Asks whether a new call may come in: before its texts have cost anything.
 
+        While others wait for room it may join them, or a large call would keep all others out until it ends.
+
         Raises:
-            Backpressure: the queue is full, or others wait for room already.
+            Backpressure: the queue is full and nobody waits for room in it, or too many do.
             Retryable: the runner takes nothing.
         """
-        self._wait_in_line(priority, None)
-        self._runner.admit(priority)
+        line = self._lines[priority]
+        if len(line) >= self._calls_in_line_max:
+            raise Backpressure(
+                f"inference queue is full: {len(line)} earlier calls wait for room in it (engine.calls_in_line_max)",
+                retry_after_s=line[0].retry_after_s,
+            )
+        try:
+            self._runner.admit(priority)
+        except Backpressure:
+            if not line:
+                raise
 
     def board(
         self,
@@ -211,14 +224,17 @@ class Flights:
             self._lines[priority].remove(place)
             self._wake()
 
-    async def room(self, seconds_max: float) -> None:
-        """Until something was settled, at most `seconds_max` seconds."""
-        settled = self._settled
-        try:
-            async with asyncio.timeout(seconds_max):
-                await settled.wait()
-        except TimeoutError:
-            return
+    async def room(self, place: Place) -> None:
+        """Until the place is the first one of its line and something was settled, or its `retry_after_s` passed."""
+        while True:
+            settled = self._settled
+            try:
+                async with asyncio.timeout(place.retry_after_s):
+                    await settled.wait()
+            except TimeoutError:
+                pass
+            if any(line and line[0] is place for line in self._lines.values()):
+                return
 
     def _join(
         self, call: Call, position: int, flight_id: int, priority: Priority, deadline_s: float, *, cache: bool

@@ -194,7 +194,7 @@ class Generator:
         driver, self._driver = self._driver, None
         if driver is not None:
             await self._on_host(driver.close)
-        self._host.shutdown(wait=True)
+        await asyncio.to_thread(self._host.shutdown)  # it may still load a model
         self._idle.set()  # whoever drains it at the same time need not wait for callers that read nothing
 
     async def _pieces(self, ask: Ask, usage: Usage) -> AsyncGenerator[str, None]:

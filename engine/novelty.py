@@ -13,7 +13,7 @@ carry it over a restart exactly: magic "SLNOV1\0\0" | crc32 of the rest u32 litt
 
 import zlib
 from collections import OrderedDict
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import msgspec
@@ -105,6 +105,13 @@ class Novelty:
             self._streams.popitem(last=False)
         vectors = np.stack(rows)[:, : self._width].astype(np.float32)
         return [known.score(vector) if np.isfinite(vector).all() else 0.0 for vector in vectors]
+
+    def forget(self, streams: Iterable[str]) -> bool:
+        """Makes these streams new. Whether any of them was known."""
+        known = [name for name in streams if name in self._streams]
+        for name in known:
+            del self._streams[name]
+        return bool(known)
 
     def pack(self, skip: Container[str] = ()) -> bytes:
         """What is known, but for the streams that are skipped."""

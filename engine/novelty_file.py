@@ -4,6 +4,9 @@ The file lies beside the other caches, which like it hold content: from a vector
 written beside and renamed, so it is always a whole one. Processes that share a directory each know what they have seen
 themselves; the next start begins with what was saved last.
 
+A stream that is skipped is in no file that is saved from then on, and `load` saves the file anew when it holds one.
+With '*', saving removes the file.
+
 Fails: never. A file that is damaged, or of another model or other settings, is told and written anew; a directory that
 cannot be used is told at every saving.
 """
@@ -48,13 +51,13 @@ class NoveltyFile:
         self._novelty = novelty
         self._on_damage = on_damage
         self._clock = clock
-        self._packed_texts = 0
+        self._saved_texts = self._packed_texts = 0
         self._packed_s = clock()
 
     @property
     def changed(self) -> bool:
         """Whether there is something to save."""
-        return self._novelty.texts != self._packed_texts
+        return self._novelty.texts != self._saved_texts
 
     @property
     def due(self) -> bool:
@@ -62,39 +65,62 @@ class NoveltyFile:
         return self.changed and self._clock() >= self._packed_s + self._every_s
 
     def load(self) -> None:
-        """Knows again what was saved; on the thread that owns the novelty."""
+        """Knows again what was saved, but for streams that are skipped now; on the thread that owns the novelty."""
         try:
             self._sweep()
-            status = self._file.stat()
-            if not stat.S_ISREG(status.st_mode) or status.st_size > self._novelty.packed_bytes_max:
-                raise ValueError("no memory of streams")  # noqa: TRY301 - told as everything else is
-            self._novelty.unpack(self._file.read_bytes())
+            outdated = "*" in self._skip or self._read()
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
             self._on_damage(f"novelty: {self._file} is not used, all streams are new: {_why(error)}")
+            # Who is in a file that means nothing here is not known.
+            outdated = isinstance(error, ValueError) and bool(self._skip)
+        if outdated:
+            self.outdate()  # until that is written
+            self.write(self.pack())
+
+    def outdate(self) -> None:
+        """What is saved may hold streams that are skipped now: there is something to save."""
+        self._saved_texts = -1
 
     def pack(self) -> bytes:
-        """What is to be saved; on the thread that owns the novelty."""
+        """What is to be saved, nothing when all streams are skipped; on the thread that owns the novelty."""
         self._packed_texts, self._packed_s = self._novelty.texts, self._clock()
-        return self._novelty.pack(self._skip)
+        return b"" if "*" in self._skip else self._novelty.pack(self._skip)
 
     def write(self, data: bytes) -> None:
-        """Saves it; on any thread."""
+        """Saves it, on any thread. When that fails, it is tried again at the next saving."""
+        packed_texts = self._packed_texts
         try:
-            self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor, beside = tempfile.mkstemp(prefix=f"{NAME}-", dir=self._file.parent)  # mode 0600
-            try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(descriptor)
-                Path(beside).rename(self._file)
-            except BaseException:
-                Path(beside).unlink(missing_ok=True)
-                raise
+            if data:
+                self._replace(data)
+            else:
+                self._file.unlink(missing_ok=True)
         except OSError as error:
             self._on_damage(f"novelty: {self._file} cannot be written: {_why(error)}")
+        else:
+            self._saved_texts = packed_texts
+
+    def _read(self) -> bool:
+        """Whether the file holds streams that are skipped."""
+        status = self._file.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > self._novelty.packed_bytes_max:
+            raise ValueError("no memory of streams")
+        self._novelty.unpack(self._file.read_bytes())
+        return self._novelty.forget(self._skip)
+
+    def _replace(self, data: bytes) -> None:
+        self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor, beside = tempfile.mkstemp(prefix=f"{NAME}-", dir=self._file.parent)  # mode 0600
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(descriptor)
+            Path(beside).rename(self._file)
+        except BaseException:
+            Path(beside).unlink(missing_ok=True)
+            raise
 
     def _sweep(self) -> None:
         """Removes what is left of savings that were cut short."""

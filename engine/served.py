@@ -177,6 +177,16 @@ class ServedModel:
             if not self._calls:
                 self._idle.set()
 
+    def release_streams(self) -> None:
+        """Another model saves what streams usually say from now on."""
+        if self._session is not None:
+            self._session.release_streams()
+
+    async def keep_streams(self) -> None:
+        """Saves what streams usually say, where that is not done yet."""
+        if self._session is not None:
+            await self._session.keep_streams()
+
     async def retire(self, deadline_s: float, why: str) -> None:
         """Refuses new calls, lets those under way end within `deadline_s` seconds, and closes."""
         self.refusing = self.refusing or why

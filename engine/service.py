@@ -275,6 +275,7 @@ class Engine:
 
     async def _replace(self, name: str, config: EngineConfig) -> str:
         """Opens a model as `config` has it for this one, in the place of the one that has its name now, if any."""
+        self._require_open()  # it may have been closed while the one before was replaced
         old = self._models.get(name)
         new = self._served(config)
         try:
@@ -283,6 +284,7 @@ class Engine:
             if old is not None:
                 _require_tasks(old, new)
         except BaseException:
+            new.release_streams()
             await new.close("it was not taken into use")
             self._alive.discard(new)
             raise
@@ -290,7 +292,9 @@ class Engine:
         self._say_loaded(new)
         self._telemetry.emit(SWAPPED, model=name, version=new.version, before=old.version if old else "")
         if old is not None:
+            old.release_streams()  # it would save streams that are skipped now
             await self._retire(old)
+            await new.keep_streams()
         return new.version
 
     async def _replace_generator(self, config: EngineConfig) -> str:

@@ -62,7 +62,7 @@ class Session:
     ) -> None:
         self.loaded = loaded
         self.runner = runner
-        self.flights = Flights(runner)
+        self.flights = Flights(runner, config.calls_in_line_max)
         self._config = config
         self._host = host
         self._turns = turns
@@ -150,6 +150,18 @@ class Session:
             self._saving = asyncio.create_task(self._save(self._novelty_file))
         return analyses
 
+    def release_streams(self) -> None:
+        """Another session saves what streams usually say from now on."""
+        self._novelty_file = None
+
+    async def keep_streams(self) -> None:
+        """Saves what streams usually say, where that is not done yet."""
+        while self._saving is not None and not self._saving.done():
+            await asyncio.wait({self._saving})
+        if self._novelty_file is not None and self._novelty_file.changed:
+            self._saving = asyncio.create_task(self._save(self._novelty_file))
+            await asyncio.wait({self._saving})
+
     def settle(self, report: Report) -> None:
         """A batch is done: on the event loop's thread."""
         fresh = self.flights.settle(report, self._clock())
@@ -163,10 +175,7 @@ class Session:
 
         The runner has ended before.
         """
-        if self._saving is not None:
-            await asyncio.wait({self._saving})
-        if self._novelty_file is not None and self._novelty_file.changed:
-            await self._save(self._novelty_file)
+        await self.keep_streams()
         if self._remembering:
             await asyncio.wait(self._remembering)
         await self._on_host(Priority.BACKGROUND, self._preparer.close)
@@ -201,10 +210,10 @@ class Session:
         return await self._turns.run(priority, start, new=new)
 
     async def _wait_for_room(self, board: Callable[..., None], priority: Priority, retry_after_s: float) -> None:
-        """Tries whenever something was settled, in the order of arrival among those of its priority."""
+        """Tries whenever something was settled and it is its turn among those of its priority."""
         with self.flights.line(priority, retry_after_s) as place:
             while True:
-                await self.flights.room(place.retry_after_s)
+                await self.flights.room(place)
                 try:
                     board(now_s=self._clock(), place=place)
                 except Backpressure as full:
@@ -217,15 +226,20 @@ class Session:
         config, made = self._config, (self._config.novelty, self._width, self.loaded.output_version)
         shared = known if known is not None and known.fits(*made) else None
         self.novelty = Novelty(*made) if shared is None else shared
-        if config.caches.directory and "*" not in config.caches.skip_streams:
+        if config.caches.directory:
             self._novelty_file = NoveltyFile(config.caches, self.novelty, self._on_damage)
             if shared is None:
                 # The host thread does it before it reads the first result.
                 self._host.submit(self._novelty_file.load)
+            else:
+                self._novelty_file.outdate()
 
     async def _save(self, file: NoveltyFile) -> None:
-        data = await self._on_host(Priority.BACKGROUND, file.pack)
-        await asyncio.to_thread(file.write, data)
+        try:
+            data = await self._on_host(Priority.BACKGROUND, file.pack)
+            await asyncio.to_thread(file.write, data)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the caches must still be closed
+            self._on_damage(f"novelty: {error!r}")
 
     def _remembered(self, future: "asyncio.Future[None]") -> None:
         self._remembering.discard(future)

@@ -205,9 +205,11 @@ def lock(directory: Path) -> int | None:
     descriptor = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
         os.close(descriptor)
-        return None
+        if isinstance(error, BlockingIOError):
+            return None
+        raise
     if not os.fstat(descriptor).st_nlink:
         # Who removes a folder holds its lock: this one was removed between opening and locking it.
         os.close(descriptor)

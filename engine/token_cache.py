@@ -11,7 +11,7 @@ the `VERSIONS_MAX` tokenizers used last are kept.
 One cache writes a folder (`flock`). Any other one, in this process or another, maps the same arenas read-only, follows
 what the writer appends whenever `refresh` is called, and keeps what it had to tokenise itself in memory, within the
 same bounds. When the writer ends, one of its readers takes its place (each tries every `TAKE_OVER_EVERY_S` seconds),
-and forgets what it kept in memory of its own.
+and forgets what it kept in memory of its own. A try that fails is told once, and made again.
 
 Fails: a directory that cannot be used, or a file that vanishes or shrinks while it is mapped, leaves a cache in
 memory, and `on_damage` is told.
@@ -86,6 +86,7 @@ class TokenCache:
         self._on_damage = on_damage
         self._clock = clock
         self._take_over_at_s = 0.0
+        self._failing = False
         self._lock_file: int | None = None
         self._followed: list[_Followed] = []
         self.role: Role = "memory"
@@ -173,9 +174,9 @@ class TokenCache:
                 each.close()
             if lock_file is not None:
                 os.close(lock_file)
-            self._own_memory()
-            self._on_damage(f"token cache: {folder} cannot be used ({error.strerror}); it stays in memory")
+            self._not_opened(folder, error)
             return
+        self._failing = False
         self.close()
         self._lock_file = lock_file
         self.role = "writer"
@@ -185,11 +186,24 @@ class TokenCache:
     def _follow(self, files: list[Path]) -> None:
         """Reads what another one writes, until it is time to try again to become the writer."""
         self._take_over_at_s = self._clock() + TAKE_OVER_EVERY_S
+        self._failing = False
         if self.role == "reader":
             return
         self._own_memory()
         self.role = "reader"
         self._followed = [_Followed(file, self._width, self._version, self._entries_max) for file in files]
+
+    def _not_opened(self, folder: Path, error: OSError) -> None:
+        """Goes on in memory; a reader goes on reading, since what failed may work later."""
+        told = f"token cache: {folder} cannot be used ({error.strerror})"
+        if self.role != "reader":
+            self._own_memory()
+            self._on_damage(f"{told}; it stays in memory")
+            return
+        self._take_over_at_s = self._clock() + TAKE_OVER_EVERY_S
+        if not self._failing:
+            self._failing = True
+            self._on_damage(f"{told}; it goes on reading")
 
     def _own_memory(self) -> None:
         """Starts afresh in memory, without any file."""

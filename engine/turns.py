@@ -78,7 +78,7 @@ class Turns:
             raise
         # Before the callback that passes the turn on, so that this caller goes on before the next one begins.
         result = asyncio.shield(work)
-        work.add_done_callback(lambda _: self._ended(priority, self._clock() - begun_s))
+        work.add_done_callback(lambda work: self._ended(work, priority, self._clock() - begun_s))
         return await result
 
     def _admit(self, priority: Priority) -> None:
@@ -111,7 +111,9 @@ class Turns:
                 self._calls -= 1
             raise
 
-    def _ended(self, priority: Priority, seconds: float) -> None:
+    def _ended(self, work: "asyncio.Future[_T]", priority: Priority, seconds: float) -> None:
+        if not work.cancelled():
+            work.exception()  # when its caller has gone nobody else looks at it, and asyncio would log its text
         self._piece_s += (seconds - self._piece_s) / 8
         if priority is Priority.BACKGROUND:
             self._background_s, self._online_s = seconds, 0.0

@@ -108,7 +108,8 @@ class Books:
             task=ask.task,
             stream=ask.stream,
             priority=priority_of(ask.priority),
-            deadline_ms=int((ask.deadline_s or 0) * 1000),
+            # 0 would be the server's default.
+            deadline_ms=max(1, round(ask.deadline_s * 1000)) if ask.deadline_s else 0,
             want_embedding=ask.embed,
             model=ask.model,
         )

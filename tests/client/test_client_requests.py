@@ -123,6 +123,11 @@ def test_a_text_that_cannot_be_sent_is_answered_at_once_and_alone(text: Any, mes
     assert sent[1].ByteSize() < 1 << 20
 
 
+def test_the_shortest_deadline_is_not_taken_for_none() -> None:
+    (short,), (none,) = (Books(["text"], Ask(deadline_s=each)).next_requests() for each in (0.0001, None))
+    assert (short.deadline_ms, none.deadline_ms) == (1, 0)
+
+
 def test_an_overloaded_server_is_asked_again_later_but_not_for_ever() -> None:
     books = Books(["text"], Ask(deadline_s=1.5, priority="background", embed=True))
     (request,) = books.next_requests()

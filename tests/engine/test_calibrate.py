@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from engine.buckets import Ladder
-from engine.calibrate import RUNS, SHAPES, SHAPES_GPU, measure_costs
+from engine.calibrate import BUSY, RUNS, SHAPES, SHAPES_GPU, _cost_reason, measure_costs
 from engine.config import LADDER
-from engine.cost import CostModel, fit, relative_error
+from engine.cost import CostModel, CostTracker, fit, padded, relative_error
 from tests.engine.fakes import FakeBackend
 
 # A core that multiplies bfloat16 slowly: what the packed shapes take there is longer than the time given.
@@ -52,3 +52,10 @@ def test_a_fast_device_measures_every_shape_and_repeats_each() -> None:
     runs = {lengths: device.lengths.count(lengths) for lengths in device.lengths}
     assert set(runs.values()) == {RUNS + 1}
     assert len(runs) == len(SHAPES) + len(SHAPES_GPU)
+
+
+def test_a_fit_that_explains_little_says_so() -> None:
+    costs = CostTracker([padded(1, 16, 0.01), padded(16, 48, 0.1), padded(4, 256, 0.13), padded(1, 256, 0.04)])
+    assert BUSY not in _cost_reason(costs, costs.samples())
+    strange = [*costs.samples(), padded(16, 48, 1.0), padded(4, 256, 0.02)]
+    assert _cost_reason(costs, strange).endswith(BUSY)

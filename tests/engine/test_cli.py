@@ -180,7 +180,7 @@ def test_a_wrong_setting_is_named(setting: str, message: str) -> None:
 def test_settings_reach_the_configuration() -> None:
     config = section(
         {"model": "m", "threads": 2, "device": None},
-        ["chunk_texts=7", "caches.token_bytes_max=5", "ladder=[8, 16]"],
+        ["chunk_texts=7", "engine.caches.token_bytes_max=5", "engine.ladder=[8, 16]"],
     )
     assert (config.model, config.threads, config.device, config.chunk_texts) == ("m", 2, "auto", 7)
     assert (config.caches.token_bytes_max, config.ladder) == (5, (8, 16))

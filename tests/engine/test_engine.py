@@ -175,7 +175,9 @@ async def test_a_full_queue_gives_back_pressure_and_online_calls_have_a_share(op
 
 
 async def test_a_large_call_gets_its_turn_while_small_ones_take_all_the_room(open_engine: Open) -> None:
-    engine, backend, gate = await gated(open_engine, EngineConfig(queue_tokens_max=1000, batch_tokens=64))
+    engine, backend, gate = await gated(
+        open_engine, EngineConfig(queue_tokens_max=1000, batch_tokens=64, calls_in_line_max=1)
+    )
     running = asyncio.create_task(engine.analyze(["running"]))
     await until(backend.started.is_set)
     small = [asyncio.create_task(engine.analyze([text])) for text in texts(70)]
@@ -183,7 +185,7 @@ async def test_a_large_call_gets_its_turn_while_small_ones_take_all_the_room(ope
     # Beside them there is room for some of its texts only, and whoever is small would always find some first.
     large = asyncio.create_task(engine.analyze(many := texts(30, start=100), task="embed"))
     await until(lambda: any(engine._models["default"].session.flights._lines.values()))
-    with pytest.raises(Backpressure, match="earlier call"):
+    with pytest.raises(Backpressure, match="calls_in_line_max"):
         await engine.analyze(["late and small"])
     gate.set()
     assert all(right(analysis, text) for analysis, text in zip(await large, many, strict=True))

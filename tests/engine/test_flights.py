@@ -97,7 +97,7 @@ async def test_who_has_time_is_not_told_of_anothers_deadline_when_a_device_dies(
 async def test_a_waiting_chunk_is_not_overtaken_by_later_calls_of_its_priority(open_engine: Open) -> None:
     gate = threading.Event()
     backend = FakeBackend(gate=gate)
-    config = EngineConfig(queue_tokens_max=1000, chunk_texts=10, batch_tokens=64, caches=NO_CACHES)
+    config = EngineConfig(queue_tokens_max=1000, chunk_texts=10, batch_tokens=64, caches=NO_CACHES, calls_in_line_max=1)
     engine: Engine = await open_engine(config, loader=fake_loader(backend))
 
     def big(count: int) -> Sequence[str]:
@@ -109,7 +109,7 @@ async def test_a_waiting_chunk_is_not_overtaken_by_later_calls_of_its_priority(o
     large = asyncio.create_task(engine.analyze(big(30)))
     await until(lambda: engine.stats().queue_tokens == 500)
     await until(lambda: any(engine._models["default"].session.flights._lines.values()))
-    with pytest.raises(Backpressure, match="earlier call") as refused:
+    with pytest.raises(Backpressure, match="calls_in_line_max") as refused:
         await engine.analyze(["small"])
     assert refused.value.retry_after_s > 0
     online = asyncio.create_task(engine.analyze(["at once"], priority=Priority.ONLINE))
@@ -118,6 +118,31 @@ async def test_a_waiting_chunk_is_not_overtaken_by_later_calls_of_its_priority(o
     for call in (running, large, online):
         assert [each.error for each in await call if each.error] == []
     assert (await engine.analyze(["small"]))[0].error is None
+
+
+async def test_small_calls_line_up_behind_a_large_ones_chunk_and_end_before_it(open_engine: Open) -> None:
+    gate = threading.Event()
+    backend = FakeBackend(gate=gate)
+    config = EngineConfig(queue_tokens_max=1000, chunk_texts=10, batch_tokens=64, caches=NO_CACHES)
+    engine: Engine = await open_engine(config, loader=fake_loader(backend))
+    ended: list[str] = []
+
+    async def call(name: str, texts: Sequence[str]) -> None:
+        assert [each.error for each in await engine.analyze(texts) if each.error] == []
+        ended.append(name)
+
+    running = asyncio.create_task(call("running", ["running"]))
+    await until(backend.started.is_set)
+    calls = [running, asyncio.create_task(call("large", [f"{i:03}" + "y" * 45 for i in range(100)]))]
+    line = engine._models["default"].session.flights._lines[Priority.BACKGROUND]
+    await until(lambda: len(line) == 1)
+    for i in range(8):
+        calls.append(asyncio.create_task(call("small", [f"small {i}"])))
+        await until(lambda i=i: len(line) == 2 + i)  # type: ignore[misc]
+    gate.set()
+    await asyncio.gather(*calls)
+    assert ended[-1] == "large"
+    assert not line
 
 
 async def test_a_cancelled_chunk_leaves_the_line(open_engine: Open) -> None:

@@ -333,3 +333,23 @@ async def test_always_batching_a_model_that_cannot_be_is_an_error(generative: di
 def test_a_cache_that_cannot_hold_a_request_is_refused() -> None:
     with pytest.raises(ConfigError, match="cache_tokens_max: must hold at least one request"):
         GenerationConfig(prompt_tokens_max=1000, new_tokens_max=1000, cache_tokens_max=1999)
+
+
+async def test_closing_while_the_model_is_loaded_leaves_the_event_loop_free() -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+    seen: list[bool] = []
+
+    def slow(_: EngineConfig) -> Any:
+        begun.set()
+        seen.append(goes_on.wait(5))
+        raise Permanent("enough")
+
+    generator = Generator(EngineConfig(), slow)
+    start = asyncio.create_task(generator.start())
+    await until(begun.is_set)
+    start.cancel()
+    close = asyncio.create_task(generator.close())
+    await asyncio.wait([start])
+    goes_on.set()
+    await close
+    assert seen == [True]

@@ -124,7 +124,9 @@ async def test_calls_that_wait_to_be_prepared_are_bounded(open_engine: Open, wat
 
 async def test_a_full_queue_refuses_before_the_texts_cost_anything(open_engine: Open, watched: Watched) -> None:
     gate = threading.Event()
-    config = EngineConfig(caches=NO_CACHES, queue_tokens_max=100, online_share=0.0, batch_tokens=64)
+    config = EngineConfig(
+        caches=NO_CACHES, queue_tokens_max=100, online_share=0.0, batch_tokens=64, calls_in_line_max=1
+    )
     backend = FakeBackend(gate=gate)
     engine: Engine = await open_engine(config, loader=fake_loader(backend))
     running = call(engine, "running")

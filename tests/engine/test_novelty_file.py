@@ -121,6 +121,11 @@ def test_a_disk_that_is_full_leaves_the_file_as_it_was(directory: Path, monkeypa
     kept.save()
     assert "No space left on device" in kept.damage[0]
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == {NAME: before}
+    assert kept.file.changed, "it is tried again"
+    monkeypatch.undo()
+    kept.save()
+    assert not kept.file.changed
+    assert (directory / NAME).read_bytes() == kept.file.pack() != before
 
 
 def test_a_directory_that_cannot_be_made_is_told_at_every_saving(tmp_path: Path) -> None:
@@ -143,3 +148,55 @@ def test_what_a_killed_process_left_half_written_is_removed_but_not_what_another
     os.utime(old, (0, old.stat().st_mtime - STALE_S - 1))
     Kept(directory).file.load()
     assert sorted(directory.iterdir()) == [directory / NAME, fresh]
+
+
+@pytest.mark.parametrize(("skip", "names"), [(("s", "x"), {"t"}), (("x",), {"s", "t"}), (("*",), None)])
+def test_a_stream_that_is_skipped_now_leaves_the_file_at_once(
+    directory: Path, skip: tuple[str, ...], names: set[str] | None
+) -> None:
+    kept = Kept(directory)
+    for stream in ("s", "t"):
+        kept.novelty.read(stream, usual(10))
+    kept.save()
+    again = Kept(directory, skip_streams=skip)
+    again.file.load()
+    assert (set(again.novelty._streams), again.damage) == (names or set(), [])
+    assert (directory / NAME).exists() == (names is not None)
+    if names is not None:
+        third = Kept(directory)
+        third.file.load()
+        assert set(third.novelty._streams) == names
+    again.file.load()
+    assert again.damage == []
+
+
+def test_a_file_of_another_model_is_emptied_when_streams_are_skipped_now(directory: Path) -> None:
+    saved(directory)
+    content = (directory / NAME).read_bytes()
+    for skip in ((), ("s",)):
+        other = Kept(directory, skip_streams=skip)
+        other.novelty._space = "another model"
+        other.file.load()
+        assert "of another model" in other.damage[0]
+        assert ((directory / NAME).read_bytes() == content) == (not skip)
+
+
+def test_what_is_outdated_is_saved_although_nothing_is_new(directory: Path) -> None:
+    kept = Kept(directory)
+    kept.file.outdate()
+    assert kept.file.changed
+    kept.save()
+    assert not kept.file.changed
+
+
+def test_a_skipped_stream_that_could_not_be_removed_is_removed_at_the_next_saving(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    saved(directory)
+    again = Kept(directory, skip_streams=("s",))
+    monkeypatch.setattr(os, "fsync", full)
+    again.file.load()
+    assert (len(again.damage), again.file.changed) == (1, True)

@@ -184,6 +184,29 @@ async def test_a_changed_section_is_taken_over_model_by_model(open_engine: Calla
     assert [shelf.backends[name].closed for name in ("first", "other", "next", "third")] == [True, True, False, False]
 
 
+async def test_an_engine_that_closes_while_it_replaces_models_opens_no_further_one(
+    open_engine: Callable[..., Any],
+) -> None:
+    gate = threading.Event()
+    shelf = Shelf(first=FakeBackend(gate=gate), next=FakeBackend(), other=FakeBackend())
+    engine: Engine = await open_engine(config(second="other"), loader=shelf)
+    call = asyncio.create_task(engine.analyze(TEXTS))
+    await until(shelf.backends["first"].started.is_set)
+    loaded: list[str] = []
+    engine._load = lambda section: loaded.append(section.model) or shelf(section)  # type: ignore[func-returns-value]
+    changed = EngineConfig(model="next", models={"second": ModelConfig(model="next")}, caches=NO_CACHES)
+    reload = asyncio.create_task(engine.reload(changed))
+    await until(lambda: engine.model == "next")
+    closing = asyncio.create_task(engine.close())
+    await until(lambda: bool(engine._closed))
+    gate.set()
+    await closing
+    with pytest.raises(Permanent, match="the engine is closed"):
+        await reload
+    assert loaded == ["next"]
+    await call
+
+
 @pytest.fixture
 def harmless_sighup() -> Iterator[None]:
     """A SIGHUP that nobody handles must fail the test and not end the process that runs it."""

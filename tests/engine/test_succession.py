@@ -11,8 +11,9 @@ import pytest
 
 from engine.config import CacheConfig, EngineConfig, NoveltyConfig
 from engine.loading import Loaded
-from engine.novelty_file import NAME
+from engine.novelty_file import NAME, NoveltyFile
 from engine.service import Engine
+from sluice.errors import Permanent
 from tests.engine.fakes import FakeBackend, fake_loader
 
 Open = Callable[..., Any]
@@ -148,3 +149,69 @@ async def test_streams_that_enter_no_cache_are_not_saved(
     known: Any = again._models["default"].session.novelty
     await again.analyze(["any"])  # what is saved is read before it
     assert set(known._streams) == (names or set())
+
+
+async def saved_streams(open_engine: Open, directory: Path) -> set[str]:
+    if not (directory / NAME).exists():
+        return set()
+    engine: Engine = await open_engine(section(directory), loader=loader)
+    known: Any = engine._models["default"].session.novelty
+    await engine.analyze(["any"])  # what is saved is read before it
+    return set(known._streams) - {""}
+
+
+@pytest.mark.parametrize(("skip", "names"), [(("s",), {"t"}), (("*",), set())])
+@pytest.mark.parametrize("model", ["the same elsewhere", "other"])
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_a_stream_that_is_skipped_from_now_on_is_on_no_disk_afterwards(
+    open_engine: Open, tmp_path: Path, skip: tuple[str, ...], names: set[str], model: str, restarted: bool
+) -> None:
+    engine: Engine = await open_engine(section(tmp_path), loader=loader)
+    for stream in ("s", "t"):
+        await novelties(engine, USUAL, stream)
+    if restarted:
+        await engine.close()
+        engine = await open_engine(section(tmp_path), loader=loader)
+    await engine.reload(msgspec.structs.replace(section(tmp_path, skip_streams=skip), model=model))
+    file = tmp_path / NAME
+    assert not file.exists() or b"\xa1s" not in file.read_bytes()
+    kept = names if model != "other" else set()
+    assert await saved_streams(open_engine, tmp_path) == kept
+    await engine.close()
+    assert await saved_streams(open_engine, tmp_path) == kept
+
+
+async def test_a_model_that_is_not_taken_into_use_changes_nothing_that_is_saved(
+    open_engine: Open, tmp_path: Path
+) -> None:
+    def poor(config: EngineConfig) -> Loaded:
+        loaded = loader(config)
+        if config.model == "poor":
+            del loaded.tasks["classify"]
+        return loaded
+
+    config = section(tmp_path, novelty_save_s=0.001)
+    engine: Engine = await open_engine(config, loader=poor)
+    await novelties(engine, USUAL)
+    await engine._models["default"].keep_streams()
+    assert (tmp_path / NAME).exists()
+    with pytest.raises(Permanent, match="cannot take over"):
+        await engine.reload(msgspec.structs.replace(section(tmp_path, skip_streams=("*",)), model="poor"))
+    await engine.close()
+    assert await saved_streams(open_engine, tmp_path) == {"s"}
+
+
+async def test_a_saving_that_fails_keeps_no_cache_from_being_closed(
+    open_engine: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: NoveltyFile) -> bytes:
+        raise MemoryError
+
+    engine: Engine = await open_engine(section(tmp_path), loader=loader)
+    await novelties(engine, USUAL)
+    monkeypatch.setattr(NoveltyFile, "pack", broken)
+    await engine.close()
+    assert damages(engine) == 1
+    again: Engine = await open_engine(section(tmp_path), loader=loader)
+    tokens: Any = again._models["default"].session._preparer._tokens
+    assert tokens.role == "writer"

@@ -1,5 +1,6 @@
 """The token cache between processes: one writes, the others follow, whatever happens to the one that writes."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -191,7 +192,9 @@ def test_one_reader_takes_the_place_of_a_writer_that_is_gone(directory: Path, ot
     readers[1].close()
 
 
-def test_a_place_that_cannot_be_taken_leaves_a_cache_in_memory(directory: Path, other: Callable[..., Other]) -> None:
+def test_a_place_that_cannot_be_taken_leaves_a_reader_and_is_told_once(
+    directory: Path, other: Callable[..., Other]
+) -> None:
     writer, clock = other(), Clock()
     damage: list[str] = []
     reader = open_cache(directory, clock=clock, on_damage=damage.append)
@@ -199,12 +202,44 @@ def test_a_place_that_cannot_be_taken_leaves_a_cache_in_memory(directory: Path, 
     writer.kill()
     shutil.rmtree(folder)
     folder.write_text("in the way")
-    clock.now += TAKE_OVER_EVERY_S
-    reader.refresh()
-    assert (reader.role, len(damage)) == ("memory", 1)
+    for _ in range(3):
+        clock.now += TAKE_OVER_EVERY_S
+        reader.refresh()
+    assert (reader.role, len(damage)) == ("reader", 1)
     fill(reader, 5)
     reader.refresh()
     assert all(check(reader, number) for number in range(5))
+    reader.close()
+
+
+def test_an_error_that_passes_leaves_a_reader_that_follows_and_takes_over_later(
+    directory: Path, other: Callable[..., Other], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, clock = other(), Clock()
+    writer.fill(0, 10)
+    damage: list[str] = []
+    reader = open_cache(directory, clock=clock, on_damage=damage.append)
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    for told in (1, 2):
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+        for _ in range(3):
+            clock.now += TAKE_OVER_EVERY_S
+            reader.refresh()
+        assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors
+        monkeypatch.undo()
+        writer.fill(10 * told, 10)
+        clock.now += TAKE_OVER_EVERY_S
+        reader.refresh()
+        assert (reader.role, len(damage)) == ("reader", told)
+        assert all(check(reader, number) for number in range(10 * told + 10))
+    writer.kill()
+    clock.now += TAKE_OVER_EVERY_S
+    reader.refresh()
+    assert reader.role == "writer"
     reader.close()
 
 

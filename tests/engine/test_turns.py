@@ -1,6 +1,7 @@
 """Whose turn it is on the host thread, in simulated time: order, shares, the bound, and who is cancelled."""
 
 import asyncio
+import gc
 from typing import Any
 
 import pytest
@@ -168,6 +169,22 @@ async def test_a_turn_lasts_as_long_as_its_work_also_when_its_caller_has_gone() 
     assert bench.begun == ["doomed", "other"]
     await bench.end()
     assert await other == "other"
+
+
+async def test_what_fails_when_its_caller_has_gone_is_not_logged() -> None:
+    bench = Bench()
+    logged: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
+    doomed = bench.ask("doomed", ONLINE)
+    await settled()
+    doomed.cancel()
+    await asyncio.wait([doomed])
+    assert bench._under_way is not None
+    bench._under_way.set_exception(ValueError("a caller's text"))
+    await settled()
+    bench._under_way = None
+    gc.collect()
+    assert not logged
 
 
 async def test_work_that_cannot_begin_or_fails_gives_the_turn_up() -> None:
