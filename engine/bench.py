@@ -1,17 +1,21 @@
 """Measures the engine on a file of texts: capacity first, then latency at a share of it.
 
 Capacity: all texts at once, background priority. Latency: single texts, online priority, at Poisson times
-that do not wait for answers (open loop), so that a queue that builds up is seen and not hidden.
+that do not wait for answers (open loop), so that a queue that builds up is seen and not hidden. The load is a share of
+the texts that were computed a second, as single ones do not come with their like. What has no answer long after the
+last one was sent is given up and counts with the time that it waited.
 
 Fails: `ConfigError` for a file that is no text or holds none, before anything is loaded. A text that the engine
 refuses is counted and costs the run nothing.
 """
 
 import asyncio
+import contextlib
+import functools
 import random
 import time
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +37,10 @@ _PROBE_BYTES: Final = 1 << 16
 # A longer line is read in pieces, so that a file without line ends does not fill the memory.
 _LINE_CHARS_MAX: Final = 1 << 20
 _PROGRESS_S: Final = 0.2
+# Single texts without an answer: beyond this number the engine does not keep up, and no more are sent.
+_UNANSWERED_MAX: Final = 10_000
+# Which task is measured unless told: the first one that the model offers. Each reads every result of the device.
+_TASKS: Final = ("classify", "tokens", "embed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +48,16 @@ class Measured:
     """What was measured.
 
     Attributes:
-        figures: by name; `p50_ms` and `p99_ms` are of `latencies_s`.
-        latencies_s: of single online texts, ascending.
+        figures: by name; `p50_ms` and `p99_ms` are of `latencies_s`, which were taken at `load` of the capacity.
+        latencies_s: of single online texts, ascending; at least so much for those without an answer.
         batches: of the full queue, by length class.
-        load: share of the capacity at which the latencies were taken.
+        chosen: by the engine at start-up, each with its reason.
     """
 
     figures: Mapping[str, Any]
     latencies_s: Sequence[float]
     batches: Mapping[int, int]
-    load: float
+    chosen: Mapping[str, str]
 
 
 def section(values: Mapping[str, Any], settings: Sequence[str] = ()) -> EngineConfig:
@@ -60,7 +68,7 @@ def section(values: Mapping[str, Any], settings: Sequence[str] = ()) -> EngineCo
         settings: more of them, as `key=value`, with dots between section and key.
 
     Raises:
-        ConfigError: a key or value is wrong.
+        ConfigError: a key or value is wrong, or contradicts one of `values`.
     """
     tree: dict[str, Any] = {key: value for key, value in values.items() if value is not None}
     for setting in settings:
@@ -74,6 +82,10 @@ def section(values: Mapping[str, Any], settings: Sequence[str] = ()) -> EngineCo
             inner = inner.setdefault(parent, {})
             if not isinstance(inner, dict):
                 raise ConfigError(f"--set {setting[:64]!r}: '{parent}' is no section")
+        option = None if parents else values.get(leaf)
+        # An option that nobody gave has the default.
+        if option not in (None, getattr(EngineConfig(), leaf, None)) and str(option) != value.strip():
+            raise ConfigError(f"--set {setting[:64]!r} contradicts --{leaf} {option}: give one of them")
         inner[leaf] = _value(setting, value.strip())
     return load(EngineConfig, environ={}, overrides=tree)
 
@@ -142,7 +154,12 @@ def plan(config: EngineConfig) -> dict[str, Any]:
 
 
 def run(
-    config: EngineConfig, texts: Sequence[str], seconds: float, load: float, progress: Progress = lambda *_: None
+    config: EngineConfig,
+    texts: Sequence[str],
+    seconds: float,
+    load: float,
+    progress: Progress = lambda *_: None,
+    task: str = "",
 ) -> Measured:
     """Measures; see the module's docstring.
 
@@ -152,19 +169,27 @@ def run(
         seconds: for the latencies.
         load: share of the capacity at which they are taken.
         progress: told now and then.
+        task: what to do with the texts; empty: classify, or what else the model offers.
+
+    Raises:
+        Permanent: the model cannot be loaded, or does not offer the task.
+        ConfigError: none of the texts has a result.
     """
-    return asyncio.run(_run(config, texts, seconds, load, progress))
+    return asyncio.run(_run(config, texts, seconds, load, progress, task))
 
 
-async def _run(config: EngineConfig, texts: Sequence[str], seconds: float, load: float, progress: Progress) -> Measured:
+async def _run(
+    config: EngineConfig, texts: Sequence[str], seconds: float, load: float, progress: Progress, task: str
+) -> Measured:
     engine = Engine(config, _telemetry())
     try:
         progress("loading and measuring the model", 0.0)
         await engine.start()
+        task = task or next((each for each in _TASKS if each in engine.tasks()), "")
         watching = asyncio.create_task(_watch(engine, len(texts), progress))
         begun = time.perf_counter()
         try:
-            analyses = await engine.analyze(texts)
+            analyses = await engine.analyze(texts, task=task)
         finally:
             watching.cancel()
         took_s = time.perf_counter() - begun
@@ -173,9 +198,12 @@ async def _run(config: EngineConfig, texts: Sequence[str], seconds: float, load:
         good = [text for text, analysis in zip(texts, analyses, strict=True) if analysis.error is None]
         if not good:
             raise ConfigError(f"none of the {len(texts)} texts has a result; the first: {analyses[0].error}")
-        latencies = await _open_loop(engine, good, load * len(texts) / took_s, seconds, progress)
-        latencies.sort()
-        return Measured(_figures(config, engine, took_s, full, latencies), latencies, full.batches, load)
+        rate = load * (full.texts_computed + full.result_cache_hits) / took_s
+        ask = functools.partial(engine.analyze, task=task, priority=Priority.ONLINE)
+        latencies, unanswered = await _open_loop(ask, good, rate, seconds, progress)
+        figures = _figures(config, engine, took_s, full, latencies)
+        figures |= {"task": task, "load": load, "latency_unanswered": unanswered}
+        return Measured(figures, latencies, full.batches, engine.plan())
     finally:
         await engine.close()
 
@@ -215,32 +243,42 @@ async def _watch(engine: Engine, texts: int, progress: Progress) -> None:
 
 
 async def _open_loop(
-    engine: Engine, texts: Sequence[str], rate: float, seconds: float, progress: Progress
-) -> list[float]:
-    """Latencies in seconds of single texts that arrive `rate` times a second."""
+    ask: Callable[[list[str]], Awaitable[Any]], texts: Sequence[str], rate: float, seconds: float, progress: Progress
+) -> tuple[list[float], int]:
+    """Sends single texts, `rate` a second, for `seconds`, and waits as long again for the last answers.
+
+    Returns the latencies in seconds, ascending, and how many of them are of texts without an answer: the time that
+    those waited.
+    """
     chance = random.Random(_SEED)
     latencies: list[float] = []
+    waiting: dict[int, float] = {}  # since when
 
-    async def one(text: str, due: float) -> None:
+    async def one(number: int, text: str) -> None:
         while True:
             try:
-                await engine.analyze([text], priority=Priority.ONLINE)
+                await ask([text])
                 break
             except Backpressure as full:
                 await asyncio.sleep(full.retry_after_s)
         # From when it was due, not from when it was sent: a late sender hides what it is late by.
-        latencies.append(time.perf_counter() - due)
+        latencies.append(time.perf_counter() - waiting.pop(number))
 
     begun = due = time.perf_counter()
     told = 0.0
-    async with asyncio.TaskGroup() as group:
-        while (due := due + chance.expovariate(rate)) < begun + seconds:
-            await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            group.create_task(one(chance.choice(texts), due))
-            if due - told >= _PROGRESS_S:
-                told = due
-                progress("latency of single texts", (due - begun) / seconds)
-    return latencies
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(None) as patience, asyncio.TaskGroup() as group:
+            while (due := due + chance.expovariate(rate)) < begun + seconds and len(waiting) < _UNANSWERED_MAX:
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
+                number = len(latencies) + len(waiting)
+                waiting[number] = due
+                group.create_task(one(number, chance.choice(texts)))
+                if due - told >= _PROGRESS_S:
+                    told = due
+                    progress("latency of single texts", (due - begun) / seconds)
+            patience.reschedule(asyncio.get_running_loop().time() + seconds)
+    now = time.perf_counter()
+    return sorted([*latencies, *(now - since for since in waiting.values())]), len(waiting)
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:

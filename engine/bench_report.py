@@ -19,6 +19,8 @@ _BLOCKS: Final = " ▏▎▍▌▋▊▉█"
 _NAME_CHARS: Final = 14
 _BAR_CHARS_MAX: Final = 50
 _ROWS_MAX: Final = 12
+# What a figure is of, of all that the engine chose.
+_CHOSEN: Final = ("device", "backend", "threads", "workers", "precision", "packing", "lanes", "batch_tokens")
 
 
 def plan_lines(plan: Mapping[str, Any], columns: int) -> Iterator[tuple[str, str]]:
@@ -61,7 +63,7 @@ def report_lines(measured: Measured, columns: int) -> Iterator[str]:
     yield from _figures(measured)
     bar_chars = max(10, min(_BAR_CHARS_MAX, columns - _NAME_CHARS - 12))
     yield ""
-    yield f"Latency of single online texts at {measured.load:.0%} of the capacity, by count"
+    yield f"Latency of single online texts at {measured.figures['load']:.0%} of the capacity, by count"
     yield from bars(histogram([1e3 * each for each in measured.latencies_s]), bar_chars)
     yield ""
     yield "Batches of the full queue, by their length in tokens"
@@ -69,10 +71,12 @@ def report_lines(measured: Measured, columns: int) -> Iterator[str]:
 
 
 def _figures(measured: Measured) -> Iterator[str]:
-    figures = measured.figures
+    figures, chosen = measured.figures, measured.chosen
     tail = percentile(measured.latencies_s, 1.0) * 1e3
     lines = {
         "model": f"{figures['model']}, version {figures['model_version']}",
+        "chosen": ", ".join(f"{name} {chosen[name].split(':')[0]}" for name in _CHOSEN if name in chosen),
+        "task": figures["task"],
         "texts": f"{figures['texts']:,} in {figures['seconds']:,.1f} s: {figures['texts_computed']:,} computed "
         f"(of identical ones one), {figures['texts_failed']:,} failed, {figures['texts_truncated']:,} truncated",
         "throughput": f"{figures['texts_per_s']:,.1f} texts/s, {figures['tokens_per_s']:,.0f} tokens/s computed",
@@ -84,6 +88,11 @@ def _figures(measured: Measured) -> Iterator[str]:
     if hits := figures["token_cache_hits"] + figures["result_cache_hits"]:
         lines["caches"] = (
             f"{hits:,} hits: {figures['result_cache_hits']:,} results, {figures['token_cache_hits']:,} texts"
+        )
+    if unanswered := figures["latency_unanswered"]:
+        lines["unanswered"] = (
+            f"{unanswered:,} single texts had no answer in time: one by one, the engine does not keep up with this "
+            "rate; try a lower --load"
         )
     for name, text in lines.items():
         yield f"{name:{_NAME_CHARS}} {text}"
@@ -101,9 +110,13 @@ def histogram(values_ms: Sequence[float]) -> list[tuple[str, int]]:
     for value in positive:
         counts[min(rows - 1, int((math.log(value) - low) / step))] += 1
     return [
-        (f"≤ {math.exp(low + (i + 1) * step) if i < rows - 1 else max(positive):,.3g} ms", c)
+        (f"≤ {_rounded(math.exp(low + (i + 1) * step) if i < rows - 1 else max(positive))} ms", c)
         for i, c in enumerate(counts)
     ]
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def bars(rows: Sequence[tuple[str, int]], chars: int) -> Iterator[str]:
@@ -147,6 +160,7 @@ def draw(measured: Measured, file: Path) -> None:
         Permanent: matplotlib cannot write it.
     """
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -158,8 +172,11 @@ def draw(measured: Measured, file: Path) -> None:
         left.axvline(value, color="grey", linestyle=style, label=f"p{share * 100:.0f} {value:,.1f} ms")
     if latencies_ms:
         left.set_xscale("log")
+        left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        left.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        left.xaxis.set_minor_formatter(NullFormatter())
     left.set(xlabel="latency (ms)", ylabel="share of texts", ylim=(0, 1.02))
-    left.set_title(f"single online texts at {measured.load:.0%} of capacity")
+    left.set_title(f"single online texts at {measured.figures['load']:.0%} of capacity")
     left.legend(loc="lower right")
     names, counts = [str(length) for length in measured.batches], list(measured.batches.values())
     right.bar(names, counts)

@@ -82,6 +82,7 @@ def plan(config: "EngineConfig", as_json: bool) -> None:
     required=True,
     help="A file with one text a line, in UTF-8; blank lines are passed over.",
 )
+@click.option("--task", default="", help="What to do with the texts; default: classify, or what else the model offers.")
 @click.option("--limit", type=click.IntRange(1), default=20_000, show_default=True, help="Texts read from the file.")
 @click.option(
     "--seconds",
@@ -110,7 +111,9 @@ def plan(config: "EngineConfig", as_json: bool) -> None:
 )
 def bench(
     config: "EngineConfig",
+    *,
     texts: Path,
+    task: str,
     limit: int,
     seconds: float,
     load: float,
@@ -122,7 +125,8 @@ def bench(
 
     texts_per_s counts all texts of the file, from the first to the last answer; tokens_per_s and padding_share what the
     device computed; device_busy_share how much of that time it worked. p50_ms and p99_ms are the latencies of single
-    texts that arrive at random times, whether or not the ones before are answered.
+    texts that arrive at random times, whether or not the ones before are answered; those that have no answer when as
+    much time has passed again are counted in latency_unanswered.
     """
     from engine.bench import read_texts, run, without_caches
     from engine.bench_report import draw, report_lines, require_plotting
@@ -130,7 +134,8 @@ def bench(
     if picture is not None:
         require_plotting(picture)
     with _Bar() as bar:
-        measured = run(config if caches else without_caches(config), read_texts(texts, limit), seconds, load, bar.show)
+        wanted = config if caches else without_caches(config)
+        measured = run(wanted, read_texts(texts, limit), seconds, load, bar.show, task)
     if as_json:
         click.echo(json.dumps(measured.figures))
     else:

@@ -170,6 +170,11 @@ class Engine:
         served = self._models.get(model)
         return served.plan() if served else {}
 
+    def tasks(self, model: str = DEFAULT_NAME) -> frozenset[str]:
+        """The tasks that a model offers; none while it is not there."""
+        served = self._models.get(model)
+        return served.tasks if served else frozenset()
+
     async def analyze(
         self,
         texts: Sequence[str],

@@ -197,9 +197,11 @@ class AsyncTextStream:
             raise failure(*_status(error), _trailers(error)) from error
         except asyncio.CancelledError:
             # The call's own cancellation, by `close`; anybody else's goes on.
-            if not self._closed:
-                raise
-            raise Retryable("the text was closed before it was complete") from None
+            if self._closed:
+                raise Retryable("the text was closed before it was complete") from None
+            # gRPC does it only once its request is sent, and the server would go on until its deadline.
+            self.close()
+            raise
         if self.end is None:
             raise Retryable("the server ended the text before it was complete; try again")
         raise StopAsyncIteration

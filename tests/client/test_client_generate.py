@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from sluice.client import connect, connect_async
+from sluice.client.aio import AsyncTextStream
 from sluice.client.cli import generate, read_prompt
 from sluice.client.generating import TextEnd
 from sluice.client.render import escaped
@@ -115,6 +116,27 @@ async def test_the_asyncio_client_does_the_same_and_a_closed_text_is_over(topics
         with pytest.raises(Backpressure) as full:
             await _whole(client.generate("x"))
         assert full.value.retry_after_s == 0.25
+
+
+async def test_whoever_is_cancelled_while_the_request_is_being_sent_ends_the_call() -> None:
+    class Sending:
+        """A call as gRPC leaves it then: cancelled is who reads, not the call."""
+
+        cancelled = False
+
+        async def read(self) -> None:
+            await asyncio.Event().wait()
+
+        def cancel(self) -> None:
+            self.cancelled = True
+
+    call = Sending()
+    reading = asyncio.ensure_future(anext(AsyncTextStream(call)))
+    await asyncio.sleep(0)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert call.cancelled
 
 
 async def _whole(text: Any) -> str:

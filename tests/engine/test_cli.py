@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from engine.bench import read_texts, section, without_caches
 from engine.bench_report import bars, histogram
 from engine.cli import engine
-from sluice.errors import ConfigError
+from sluice.errors import ConfigError, Permanent
 
 HEAVY = "torch, transformers, numpy, tokenizers, diskcache, prometheus_client"
 
@@ -98,7 +98,18 @@ def test_bench_prints_its_figures_as_json(tiny_models: dict[str, Path], texts: P
     assert 0 < figures["device_busy_share"] <= 1.05
     assert figures["p50_ms"] <= figures["p99_ms"]
     assert (figures["texts"], figures["texts_failed"]) == (200, 0)
+    assert (figures["task"], figures["load"]) == ("classify", 0.5)
     assert result.stderr == "", "no progress where there is no terminal"
+
+
+def test_bench_takes_the_task_that_the_model_offers(tiny_models: dict[str, Path], texts: Path) -> None:
+    result = bench(model=tiny_models["ner"], texts=texts)
+    assert result.exit_code == 0, result.output
+    assert re.search("^task +tokens$", result.stdout, re.MULTILINE), result.stdout
+    assert re.search("^chosen +device cpu.*precision fp32", result.stdout, re.MULTILINE)
+    wrong = bench("--task", "classify", model=tiny_models["ner"], texts=texts)
+    assert isinstance(wrong.exception, Permanent)
+    assert "it offers tokens" in str(wrong.exception)
 
 
 def test_bench_shows_figures_and_bars_and_counts_what_it_could_not_analyse(
