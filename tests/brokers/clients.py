@@ -99,14 +99,17 @@ class MqttClient:
 
 
 def produce(bootstrap: str, topic: str, values: list[bytes], **fields: Any) -> list[tuple[int, int]]:
-    """Produces idempotently and waits for all reports: (partition, offset) of each value, in their order."""
+    """Produces in order and waits for all reports: (partition, offset) of each value, in their order.
+
+    Not idempotently: librdkafka takes half a second to get a producer's number, and this is called hundreds of times.
+    """
     from confluent_kafka import Producer
 
     producer = Producer(
         {
             "bootstrap.servers": bootstrap,
-            "enable.idempotence": True,
             "acks": "all",
+            "max.in.flight.requests.per.connection": 1,
             "message.max.bytes": 4 << 20,
             "reconnect.backoff.max.ms": 200,
         }
