@@ -32,12 +32,11 @@ from sluice.spool_disk import (
     PRIORITY_MAX,
     SEQUENCE_MAX,
     Change,
-    Damaged,
-    DiskFull,
     ItemKey,
     ItemTag,
     Row,
 )
+from sluice.spool_errors import Damaged, DiskFull
 from sluice.spool_index import DropPlan, cost_bytes, head_runs, plan_drop
 from sluice.spool_rebuild import Declare
 from sluice.spool_types import Draft, SpoolDepth, SpoolItem, SpoolStatus

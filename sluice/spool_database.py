@@ -13,20 +13,8 @@ from msgspec.structs import replace
 
 from sluice.config import Section
 from sluice.errors import Permanent, Retryable
-from sluice.spool_disk import (
-    DATABASE,
-    LINEAGE_MAX,
-    SEQUENCE_MAX,
-    Change,
-    Damaged,
-    DiskFull,
-    ItemCache,
-    ItemKey,
-    Row,
-    Rows,
-    State,
-    translated,
-)
+from sluice.spool_disk import LINEAGE_MAX, SEQUENCE_MAX, Change, ItemCache, ItemKey, Row, Rows, State
+from sluice.spool_errors import DATABASE, Damaged, DiskFull, translated
 from sluice.spool_files import SpoolDirectory
 from sluice.spool_index import SpoolIndex, head_runs, index_rows
 from sluice.spool_rebuild import Declare, RecoveryReport, make_empty, rebuild

@@ -14,12 +14,11 @@ What differs from diskcache's defaults, each of which loses data (measured: afte
 values stay in the database file, every commit is synced, nothing is evicted, and only bytes are stored: a planted
 pickle is refused, not loaded (CVE-2025-69872). Page cache and memory map are small: the agent has 60 MB.
 
-SQLite's errors become `DiskFull`, `Damaged` or `Retryable` here; the transaction is rolled back first, since diskcache
-leaves it open when the COMMIT itself fails.
+Errors are those of `spool_errors`; the transaction is rolled back first, since diskcache leaves it open when the COMMIT
+itself fails.
 """
 
 import contextlib
-import os
 import sqlite3
 import struct
 from collections.abc import Iterator, Mapping
@@ -31,10 +30,9 @@ import diskcache
 import google_crc32c
 import msgspec
 
-from sluice.errors import Permanent, Retryable
 from sluice.record import SPOOL_ID_BYTES
+from sluice.spool_errors import DATABASE, Damaged, translated
 
-DATABASE: Final = diskcache.core.DBNAME
 STATE_KEY: Final = "state"
 CURSOR_PREFIX: Final = "cursor:"
 PRIORITY_MAX: Final = 9
@@ -47,20 +45,6 @@ ITEM_OVERHEAD_BYTES: Final = 512
 _KEY_MAX: Final = 2**62 - 1
 _TIME_MS_MAX: Final = 2**42 - 1
 _RECEIPT_BIT: Final = 1 << 20
-# With less than this an I/O error is taken for a full disk: the log's shared memory alone takes 32 KiB.
-_ROOM_BYTES: Final = 256 * 1024
-_WITHOUT_ROOM: Final = frozenset({sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN})
-_TRANSIENT: Final = frozenset(
-    {
-        sqlite3.SQLITE_BUSY,
-        sqlite3.SQLITE_CANTOPEN,
-        sqlite3.SQLITE_IOERR,
-        sqlite3.SQLITE_LOCKED,
-        sqlite3.SQLITE_NOMEM,
-        sqlite3.SQLITE_PERM,
-        sqlite3.SQLITE_READONLY,
-    }
-)
 _MODE_RAW: Final = diskcache.core.MODE_RAW
 _SETTINGS: Final[Mapping[str, Any]] = {
     "cull_limit": 0,
@@ -77,14 +61,6 @@ _SETTINGS: Final[Mapping[str, Any]] = {
     "statistics": 0,
     "tag_index": 0,
 }
-
-
-class DiskFull(Retryable):
-    """The file system has no room for the transaction; nothing of it was written."""
-
-
-class Damaged(Permanent):
-    """The database, or a row of it, is not what was written."""
 
 
 class ItemKey(NamedTuple):
@@ -374,32 +350,3 @@ def open_value(key: int | str, tag: int, value: Any) -> bytes:
 def _crc(key: int | str, tag: int, body: bytes) -> int:
     head = key.encode() if isinstance(key, str) else struct.pack("<qq", key, tag)
     return int(google_crc32c.extend(google_crc32c.value(head), body))
-
-
-@contextlib.contextmanager
-def translated(directory: Path) -> Iterator[None]:
-    """Turns the errors of SQLite and diskcache into ours."""
-    try:
-        yield
-    except diskcache.Timeout as error:
-        raise Retryable(f"{directory / DATABASE}: locked by another process") from error
-    except sqlite3.Error as error:
-        raise _translate(error, directory / DATABASE) from error
-
-
-def _translate(error: sqlite3.Error, file: Path) -> Exception:
-    code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
-    # SQLite reports some writes that found no room as I/O errors.
-    if code == sqlite3.SQLITE_FULL or (code in _WITHOUT_ROOM and _free_bytes(file.parent) < _ROOM_BYTES):
-        return DiskFull(f"{file}: the disk is full")
-    if code in _TRANSIENT:
-        return Retryable(f"{file}: {error}")
-    return Damaged(f"{file}: {error}")
-
-
-def _free_bytes(directory: Path) -> int:
-    try:
-        stat = os.statvfs(directory)
-    except OSError:
-        return _ROOM_BYTES
-    return stat.f_bavail * stat.f_frsize

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from sluice.intervals import IntervalSet
-from sluice.spool_disk import ITEM_OVERHEAD_BYTES, Damaged, ItemTag, Row, State
+from sluice.spool_disk import ITEM_OVERHEAD_BYTES, ItemTag, Row, State
+from sluice.spool_errors import Damaged
 
 
 def cost_bytes(row: Row) -> int:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from sluice.errors import Permanent, Retryable
-from sluice.spool_disk import CURSOR_PREFIX, DATABASE, Damaged, Rows, open_value
+from sluice.spool_disk import CURSOR_PREFIX, Rows, open_value
+from sluice.spool_errors import DATABASE, Damaged
 from sluice.spool_index import index_rows
 from sluice.spool_recovery import open_read_only, wal_broken
 

@@ -13,7 +13,8 @@ from msgspec.structs import replace
 
 from sluice.intervals import IntervalSet
 from sluice.record import SPOOL_ID_BYTES
-from sluice.spool_disk import LINEAGE_MAX, PRIORITY_MAX, Change, Damaged, ItemCache, ItemKey, ItemTag, State
+from sluice.spool_disk import LINEAGE_MAX, PRIORITY_MAX, Change, ItemCache, ItemKey, ItemTag, State
+from sluice.spool_errors import Damaged
 from sluice.spool_files import SpoolDirectory
 from sluice.spool_index import head_runs
 from sluice.spool_recovery import Salvage, open_read_only, read_payload, salvage

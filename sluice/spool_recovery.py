@@ -21,18 +21,8 @@ import msgspec
 from sluice.errors import Retryable
 from sluice.intervals import IntervalSet
 from sluice.record import SPOOL_ID_BYTES
-from sluice.spool_disk import (
-    CURSOR_PREFIX,
-    DATABASE,
-    STATE_KEY,
-    Damaged,
-    ItemKey,
-    ItemTag,
-    Row,
-    State,
-    open_value,
-    row_of,
-)
+from sluice.spool_disk import CURSOR_PREFIX, STATE_KEY, ItemKey, ItemTag, Row, State, open_value, row_of
+from sluice.spool_errors import DATABASE, Damaged
 
 # https://www.sqlite.org/fileformat2.html#walformat
 _WAL_MAGIC: Final = 0x377F0682

@@ -100,6 +100,17 @@ class Telemetry:
         with contextlib.suppress(OSError, ValueError):
             getattr(self._log, event.level)(event.name, count=count, **fields)
 
+    def expect(self, event: Event, *values: str) -> None:
+        """Shows the event's counter before it happens, at 0.
+
+        Args:
+            event: what may happen.
+            values: that its label may have; it has one label, or none.
+        """
+        counter = self._counter(event)
+        for value in values:
+            self.series(counter, value)
+
     def series(self, counter: Counter, *values: str) -> Counter:
         """The counter's series for these label values.
 

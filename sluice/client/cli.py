@@ -73,10 +73,15 @@ def tail(kinds: str, begin: str, as_json: bool, limit: int | None, timeout: floa
 @click.argument("texts", nargs=-1)
 @click.option("--file", "file", type=click.File("rb"), help="A file with one text per line, in UTF-8; - for stdin.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
-@click.option("--task", default="", help="classify (default), embed, novelty, tokens.")
+@click.option(
+    "--task",
+    default="",
+    help="classify (default): a label and how sure that is; novelty: distance to what the stream usually says, from 0 "
+    "(said all the time) to 1; tokens: names in the texts; embed: a vector.",
+)
 @click.option("--model", default="", help="One of the server's models, by name; default: one that offers the task.")
-@click.option("--stream", default="", help="Whose texts they are; novelty is kept per stream.")
-@click.option("--embed", is_flag=True, help="Add the embedding (with --json).")
+@click.option("--stream", default="", help="Whose texts they are; novelty is kept per stream, and needs one.")
+@click.option("--embed", is_flag=True, help="Add the embedding; --json shows it: little-endian float16 in base64.")
 @click.option("--deadline", type=click.FloatRange(min=0, min_open=True), help="Seconds per text.")
 def analyze(
     texts: tuple[str, ...], file: BinaryIO | None, as_json: bool, deadline: float | None, **options: Any
@@ -89,6 +94,8 @@ def analyze(
 
     if not texts and file is None:
         raise ConfigError('nothing to analyse: give texts ("disk full") or --file FILE')
+    if options["task"] == "novelty" and not options["stream"]:
+        raise ConfigError("--task novelty tells a text from what its stream usually says: give --stream NAME")
     shown = file is not None and sys.stderr.isatty() and not sys.stdout.isatty()
     lines = Lines(file) if file is not None else None
     progress = Progress(_replace_line if shown else lambda _: None, time.monotonic, _size(file))
@@ -96,7 +103,7 @@ def analyze(
         try:
             for answer in client.analyze(chain(texts, lines or ()), deadline_s=deadline, **options):
                 line, bytes_done = lines.taken() if lines is not None and answer.index >= len(texts) else (0, 0)
-                _show_answer(answer, line, as_json=as_json)
+                _show_answer(answer, options["task"], line, as_json=as_json)
                 progress.answered(answer.error is not None, bytes_done)
         finally:
             progress.end()
@@ -105,7 +112,7 @@ def analyze(
         sys.exit(1)
 
 
-def _show_answer(answer: "Answer", line: int, *, as_json: bool) -> None:
+def _show_answer(answer: "Answer", task: str, line: int, *, as_json: bool) -> None:
     """One line; with the number of the file's line, where it comes from one."""
     from sluice.client.render import json_line, pretty_answer
 
@@ -113,7 +120,7 @@ def _show_answer(answer: "Answer", line: int, *, as_json: bool) -> None:
         click.echo(json_line(answer, line=line) if line else json_line(answer))
         return
     where = f"line {line}: " if line and answer.error is not None else ""
-    click.echo(where + pretty_answer(answer))
+    click.echo(where + pretty_answer(answer, task))
 
 
 @click.command()

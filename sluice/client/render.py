@@ -16,6 +16,8 @@ from sluice.client.generating import TextEnd
 from sluice.client.items import Answer, Item, RecordItem
 
 TEXT_CHARS_MAX: Final = 200
+# Of an embedding: float16.
+_NUMBER_BYTES: Final = 2
 # A colour per label, so that the eye can sort them; stable across runs.
 _COLOURS: Final = ("green", "yellow", "magenta", "cyan", "blue", "bright_red", "bright_green", "bright_magenta")
 
@@ -67,22 +69,33 @@ def pretty_line(item: Item) -> str:
     if isinstance(item, RecordItem):
         return f"{head}  {click.style(f'#{item.sequence}', dim=True)}  {_content(item)}"
     verdict = click.style(f"{printable(item.label) or item.task} {item.score:.2f}", fg=colour_of(item.label))
-    extra = f"  novelty {item.novelty:.2f}" if item.novelty else ""
+    extra = f"  novelty {item.novelty:.2f}" if item.novelty and item.task != "novelty" else ""
     where = "  (on site)" if item.origin == "site" else ""
     return f"{head}  {click.style(f'#{item.sequence}', dim=True)}  {verdict}{extra}{where}"
 
 
-def pretty_answer(answer: Answer) -> str:
-    """The answer as one line for people."""
+def pretty_answer(answer: Answer, task: str = "") -> str:
+    """The answer to a question for `task` as one line for people."""
     text = printable(answer.text)
     if answer.error is not None:
         return f"{click.style(answer.error_code, fg='red')}  {printable(answer.error)}  {text}"
-    verdict = click.style(f"{printable(answer.label) or '-'} {answer.score:.2f}", fg=colour_of(answer.label))
-    verdict += "".join(
-        f"  {printable(span.label)} {printable(answer.text[span.start : span.end])!r}" for span in answer.spans
-    )
+    parts = _verdict(answer, task)
+    parts += [f"{printable(span.label)} {printable(answer.text[span.start : span.end])!r}" for span in answer.spans]
+    if answer.novelty or task == "novelty":
+        parts.append(f"novelty {answer.novelty:.2f}")
+    if answer.embedding:
+        parts.append(f"embedding of {len(answer.embedding) // _NUMBER_BYTES:,} numbers (--json shows them)")
     cut = click.style("  (truncated)", fg="yellow") if answer.truncated else ""
-    return f"{verdict}  {text}{cut}"
+    return f"{'  '.join(parts)}  {text}{cut}"
+
+
+def _verdict(answer: Answer, task: str) -> list[str]:
+    """Label and score, for the tasks that give them."""
+    if task in {"embed", "novelty"}:
+        return []
+    if task == "tokens" and not answer.spans:
+        return ["nothing found"]
+    return [click.style(f"{printable(answer.label) or '-'} {answer.score:.2f}", fg=colour_of(answer.label))]
 
 
 def clock_time(time_us: int) -> str:

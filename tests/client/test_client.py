@@ -171,6 +171,10 @@ def test_analyze_answers_arguments_and_files_and_fails_when_one_has_no_answer(to
         assert shown.exit_code == 1
         assert "fine 0.75" in shown.stdout
         assert "invalid" in shown.stdout
+        shown = run(analyze, [*base, "--task", "novelty", "fine-1"])
+        assert "--stream" in str(shown.exception), "without a stream there is nothing to compare with"
+        shown = run(analyze, [*base, "--task", "novelty", "--stream", "syslog", "--embed", "fine-1"])
+        assert shown.stdout == "novelty 0.25  embedding of 1 numbers (--json shows them)  fine-1\n"
 
 
 def test_a_bad_line_of_a_file_is_named_and_the_others_are_answered(topics: Topics, tmp_path: Path) -> None:

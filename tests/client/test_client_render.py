@@ -36,6 +36,8 @@ def test_a_record_is_one_line_with_all_that_matters() -> None:
 def test_a_result_is_one_line_with_its_verdict() -> None:
     line = click.unstyle(pretty_line(result(novelty=0.5, origin="site")))
     assert line.endswith("north/pi-1  syslog  #7  disk 0.81  novelty 0.50  (on site)")
+    line = click.unstyle(pretty_line(result(task="novelty", label="", score=0.5, novelty=0.5)))
+    assert line.endswith("#7  novelty 0.50"), "once"
 
 
 @given(st.text(max_size=300))
@@ -104,3 +106,18 @@ def test_an_answer_shows_what_was_found_in_its_text() -> None:
     assert pretty_answer(answer).count("\x1b[1m") == 0
     assert json.loads(json_line(answer))["spans"][0] == {"start": 0, "end": 4, "label": "PER", "score": 0.75}
     assert "spans" not in json.loads(json_line(Answer(0, "x")))
+    assert click.unstyle(pretty_answer(Answer(0, "x"), "tokens")) == "nothing found  x"
+
+
+def test_an_answer_says_what_its_numbers_are() -> None:
+    def shown(task: str, **fields: object) -> str:
+        return click.unstyle(pretty_answer(Answer(0, "disk full", **fields), task))  # type: ignore[arg-type]
+
+    vector = bytes(2 * 384)
+    assert shown("novelty", score=0.375, novelty=0.375) == "novelty 0.38  disk full"
+    assert shown("novelty") == "novelty 0.00  disk full", "what was said before"
+    assert shown("embed", embedding=vector) == "embedding of 384 numbers (--json shows them)  disk full"
+    assert shown("", label="disk", score=0.75) == "disk 0.75  disk full"
+    assert shown("classify", label="disk", score=0.75, novelty=0.5, embedding=vector) == (
+        "disk 0.75  novelty 0.50  embedding of 384 numbers (--json shows them)  disk full"
+    )

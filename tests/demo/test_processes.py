@@ -19,6 +19,13 @@ from tests.brokers.clients import TIMEOUT_S, eventually
 
 # Each says when its signal handlers are set, so that no test races with its start.
 OBEDIENT = "import signal; print('up', flush=True); signal.pause()"
+# Starts up until it is told to go on.
+WAITING = """
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+print("starting up", flush=True)
+signal.sigwait({signal.SIGUSR1})
+"""
 STUBBORN = "import signal; signal.signal(15, signal.SIG_IGN); print('up', flush=True)\nwhile True: signal.pause()"
 GRANDPARENT = "import subprocess, sys; c = subprocess.Popen(['sleep', '300']); print(c.pid, flush=True); c.wait()"
 
@@ -42,7 +49,11 @@ def gone(pid: int) -> Callable[[], bool]:
 
 
 def test_a_line_says_when_it_is_ready(supervisor: Supervisor) -> None:
-    process = start(supervisor, "a", "import time; print('starting up'); time.sleep(0.2);" + OBEDIENT)
+    process = supervisor.spawn("a", [sys.executable, "-c", WAITING + OBEDIENT], ready_line="up")
+    eventually(process.log_tail, "the line before it")
+    assert not process.ready()
+    os.kill(process.pid, signal.SIGUSR1)
+    process.wait_ready(TIMEOUT_S)
     assert process.ready()
     assert process.log_tail().splitlines() == ["starting up", "up"]
 

@@ -42,6 +42,17 @@ def get(port: int | None, path: str) -> tuple[int, str]:
             return error.code, error.read().decode()
 
 
+def test_what_is_expected_is_counted_from_0_and_is_no_line() -> None:
+    stream = io.StringIO()
+    telemetry = Telemetry("edge", stream=stream)
+    telemetry.expect(QUIET)
+    telemetry.expect(LOST, "host", "tail")
+    assert [value(telemetry, LOST.metric, stream=each) for each in ("host", "tail", "other")] == [0, 0, None]
+    assert (value(telemetry, QUIET.metric), stream.getvalue()) == (0, "")
+    telemetry.emit(LOST, stream="tail")
+    assert value(telemetry, LOST.metric, stream="tail") == 1
+
+
 def test_one_event_is_one_json_line_and_one_metric() -> None:
     stream = io.StringIO()
     telemetry = Telemetry("edge", stream=stream)
