@@ -21,7 +21,7 @@ from sluice.config import load
 @click.option(
     "--role", "roles", multiple=True, type=click.Choice(ROLES), help="Only this role; may be repeated.  [all]"
 )
-@click.option("--check", is_flag=True, help="Check the configuration, say what would run, and exit.")
+@click.option("--check", is_flag=True, help="Check configuration and models, say what would run, and exit.")
 def central(config_file: Path | None, roles: tuple[str, ...], check: bool) -> None:
     """Kafka into the lake, through the engine, and out to clients over gRPC.
 
@@ -32,7 +32,7 @@ def central(config_file: Path | None, roles: tuple[str, ...], check: bool) -> No
     config = load(CentralConfig, config_file, overrides=overrides)
     if check:
         check_files(config)
-        click.echo(summary(config))
+        click.echo("\n".join((summary(config), *check_engine(config))))
         return
     from central.app import run
 
@@ -56,6 +56,22 @@ def check_files(config: CentralConfig) -> None:
     read_secret(feed.ca_file, "feed.ca_file")
     if feed.token_key_file is not None:
         read_key(Path(feed.token_key_file))
+
+
+def check_engine(config: CentralConfig) -> list[str]:
+    """A line for each model that the roles need, without loading it.
+
+    Raises:
+        ConfigError: one does not offer what it is configured for.
+        Permanent: one is not there, or damaged.
+    """
+    from engine.check import check_models
+
+    analysis = "analysis" in config.roles
+    if not analysis and not ("feed" in config.roles and config.feed.analyze):
+        return []
+    task, model = (config.analysis.task, config.analysis.model) if analysis else ("", "")
+    return [f"  {line}" for line in check_models(config.engine, task, model, "analysis.task")]
 
 
 def summary(config: CentralConfig) -> str:

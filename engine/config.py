@@ -378,3 +378,10 @@ class EngineConfig(Section, frozen=True):
                     f"engine.models: '{name[:64]}' cannot be a name: it needs 1 to 128 of A-Z a-z 0-9 . _ - and must "
                     f"not be '{DEFAULT_NAME}' or '{GENERATION_NAME}'"
                 )
+
+
+def key_of(name: str) -> str:
+    """The key that says which model a name stands for."""
+    if name == DEFAULT_NAME:
+        return "engine.model"
+    return f"engine.{name}.model" if name == GENERATION_NAME else f"engine.models.{name}.model"

@@ -1,7 +1,8 @@
 """Which devices a model runs on, and opening them: lanes of one process, or worker processes.
 
 * Several GPUs: a worker process each, since one interpreter cannot launch for all of them. A single one is driven in
-  this process. When its CUDA context dies, this process cannot use it any more, and a worker process takes over.
+  this process. When its CUDA context dies, this process cannot use it any more, and a worker process takes over; the
+  next model (a swap) is opened in one too.
 * Several NUMA nodes: a worker process each, pinned to the node's CPUs, whose memory it then uses.
 * Else a CPU is divided into lanes by measurement (`lanes`): threads on one copy of the weights. Worker processes of
   one thread cost a copy of everything each; they are tried where they could be clearly faster.
@@ -9,7 +10,6 @@
 Fails: what opening a backend raises (`Permanent`, `ConfigError`); what was opened before is closed.
 """
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +20,14 @@ from typing import Final
 
 import msgspec
 
-from engine import lanes
+from engine import lanes, models
 from engine.backend import Backend, BackendInfo, Reopen
 from engine.backends import open_backend
 from engine.config import EngineConfig
+from engine.cpus import Cpus, usable_cpus
 from engine.models import ModelCard
 from engine.remote import RemoteBackend, ReopenWorker, WorkerSpec, open_workers
-from sluice.errors import SluiceError
+from sluice.errors import Retryable, SluiceError
 
 # How much faster worker processes must be than lanes of this process: they cost a copy of model and libraries each.
 PROCESS_GAIN_MIN: Final = 1.15
@@ -117,18 +118,29 @@ def _accelerators(config: EngineConfig, card: ModelCard, reasons: dict[str, str]
         specs = [_spec(_on(config, name), card) for name in names]
         reasons["devices"] = f"{', '.join(names)}: a worker process each"
         return _workers(specs, names, reasons)
+    reasons["devices"] = f"{', '.join(names)}: in this process; a worker process takes over when it dies"
     opened: list[Opened] = []
     try:
-        for name in names:
-            section = _on(config, name)
-            backend = open_backend(section, card, reasons)
-            like = _like(_spec(section, card), backend.info, reasons)
-            opened.append(Opened(name, backend, ReopenWorker(like)))
+        opened.extend(_accelerator(_on(config, name), card, reasons, name) for name in names)
     except BaseException:
         _close(opened)
         raise
-    reasons["devices"] = f"{', '.join(names)}: in this process; a worker process takes over when it dies"
     return _distinct(opened)
+
+
+def _accelerator(config: EngineConfig, card: ModelCard, reasons: dict[str, str], name: str) -> Opened:
+    """One in this process; in a worker process, where the context that a model before left behind is dead."""
+    spec = _spec(config, card)
+    try:
+        backend = open_backend(config, card, reasons)
+    except (Retryable, RuntimeError) as error:
+        told = str(error).lower()
+        if "cuda error" not in told or "out of memory" in told:
+            raise
+        (worker,) = _workers([spec], [name], reasons)
+        reasons["devices"] = f"{name}: a worker process, since this process cannot use it: {models.in_short(error)}"
+        return worker
+    return Opened(name, backend, ReopenWorker(_like(spec, backend.info, reasons)))
 
 
 def _cpus(config: EngineConfig, card: ModelCard, reasons: dict[str, str], wanted: int) -> list[Opened]:
@@ -141,26 +153,27 @@ def _cpus(config: EngineConfig, card: ModelCard, reasons: dict[str, str], wanted
         wanted: parts; 0: by measurement.
     """
     config = _on(config, "cpu")
-    allowed = sorted(os.sched_getaffinity(0))
-    nodes = numa_nodes(allowed)
-    threads = config.threads or len(allowed)
+    cpus = usable_cpus()
+    # The time of a few CPUs is not divided by nodes.
+    nodes = [cpus.allowed] if cpus.limited else numa_nodes(cpus.allowed)
+    threads = config.threads or cpus.count
     if config.worker_kind == "process":
         if not wanted and len(nodes) > 1:
             return _node_workers(config, card, reasons, nodes)
-        return _cpu_workers(config, card, reasons, wanted or threads, threads, allowed)
+        return _cpu_workers(config, card, reasons, wanted or threads, threads, cpus)
     if config.worker_kind == "auto" and not wanted and len(nodes) > 1:
         return _node_workers(config, card, reasons, nodes)
-    return _lanes(config, card, reasons, wanted, threads, allowed)
+    return _lanes(config, card, reasons, wanted, threads, cpus)
 
 
 def _lanes(
-    config: EngineConfig, card: ModelCard, reasons: dict[str, str], wanted: int, threads: int, allowed: Sequence[int]
+    config: EngineConfig, card: ModelCard, reasons: dict[str, str], wanted: int, threads: int, cpus: Cpus
 ) -> list[Opened]:
     """Lanes of this process, or worker processes where those are measured clearly faster."""
-    cpus = allowed[:threads]
-    opened = divided(open_backend(config, card, reasons), reasons, wanted, threads, cpus, config.fit_seconds_max)
-    if len(opened) > 1 and config.worker_kind == "auto" and not wanted and len(cpus) >= PROCESS_CPUS_MIN:
-        return _try_processes(config, card, reasons, opened, cpus)
+    backend, first, pins = open_backend(config, card, reasons), cpus.allowed[:threads], not cpus.limited
+    opened = divided(backend, reasons, wanted, threads, first, config.fit_seconds_max, pins=pins)
+    if len(opened) > 1 and config.worker_kind == "auto" and not wanted and len(first) >= PROCESS_CPUS_MIN:
+        return _try_processes(config, card, reasons, opened, cpus, len(first))
     return opened
 
 
@@ -172,6 +185,8 @@ def divided(
     cpus: Sequence[int],
     seconds_max: float,
     clock: Callable[[], float] = time.perf_counter,
+    *,
+    pins: bool = True,
 ) -> list[Opened]:
     """The backend as it is, or lanes that share its weights in its place.
 
@@ -183,6 +198,7 @@ def divided(
         cpus: that lanes are measured on, and pinned to where that paid.
         seconds_max: time for measuring.
         clock: monotonic seconds.
+        pins: whether lanes may be pinned.
     """
     if wanted == 1 or not isinstance(backend, lanes.Twinned):
         reasons["lanes"] = "1: configured" if wanted == 1 else "1: this backend does not share its weights"
@@ -190,7 +206,7 @@ def divided(
     if wanted:
         plan = lanes.LanePlan(wanted, max(1, threads // wanted), False, f"{wanted}: configured")
     else:
-        plan = lanes.choose_lanes(backend, cpus, seconds_max, clock)
+        plan = lanes.choose_lanes(backend, cpus, seconds_max, clock, pins=pins)
     reasons["lanes"] = plan.reason
     if plan.lanes == 1:
         return [Opened("cpu", backend)]
@@ -201,10 +217,10 @@ def divided(
 
 
 def _try_processes(
-    config: EngineConfig, card: ModelCard, reasons: dict[str, str], opened: list[Opened], cpus: Sequence[int]
+    config: EngineConfig, card: ModelCard, reasons: dict[str, str], opened: list[Opened], cpus: Cpus, count: int
 ) -> list[Opened]:
-    """The lanes, or worker processes of one thread each where those are clearly faster."""
-    backends, count = [each.backend for each in opened], len(cpus)
+    """The lanes, or `count` worker processes of one thread each where those are clearly faster."""
+    backends = [each.backend for each in opened]
     single = opened[0].backend.twin(1)  # type: ignore[attr-defined] # lanes are twins
     alone, together = tokens_per_s([single]), tokens_per_s(backends)
     single.close()
@@ -264,7 +280,7 @@ def _node_workers(
     reasons["devices"] = f"{len(nodes)} NUMA nodes: a worker process each, pinned to its CPUs"
     specs = node_specs(config, card, nodes)
     opened = _workers(specs, [f"cpu/node{index}" for index in range(len(nodes))], reasons)
-    reasons["threads"] = _threads_reason(config, specs, sum(map(len, nodes)))
+    reasons["threads"] = _threads_reason(config, specs, f"{sum(map(len, nodes))} CPUs are allowed")
     return opened
 
 
@@ -280,22 +296,22 @@ def _cpu_workers(
     reasons: dict[str, str],
     count: int,
     threads: int,
-    allowed: Sequence[int],
+    cpus: Cpus,
 ) -> list[Opened]:
     each = max(1, threads // count)
     reasons["devices"] = f"{count} worker processes of {each} threads"
-    shares = [tuple(allowed[place * each : (place + 1) * each]) for place in range(count)]
-    fits = count * each <= len(allowed)
+    shares = [cpus.allowed[place * each : (place + 1) * each] for place in range(count)]
+    fits = count * each <= len(cpus.allowed) and not cpus.limited
     specs = [_spec(config, card, each, share if fits else ()) for share in shares]
     opened = _workers(specs, [f"cpu/{place}" for place in range(count)], reasons)
-    reasons["threads"] = _threads_reason(config, specs, len(allowed))
+    reasons["threads"] = _threads_reason(config, specs, cpus.reason)
     return opened
 
 
-def _threads_reason(config: EngineConfig, specs: Sequence[WorkerSpec], allowed: int) -> str:
+def _threads_reason(config: EngineConfig, specs: Sequence[WorkerSpec], found: str) -> str:
     """The workers were told how many, and do not know why."""
     threads = sorted({spec.arguments["threads"] for spec in specs})
-    why = f"{config.threads} are configured" if config.threads else f"{allowed} CPUs are allowed"
+    why = f"{config.threads} are configured" if config.threads else found
     return f"{' or '.join(map(str, threads))} in each worker process: {why}"
 
 

@@ -3,14 +3,19 @@
 A flight is one distinct text on its way through scheduler and device; callers board it and leave it. When
 the last one left, a flight that still waits in the queue is cancelled. Lives on the event loop's thread
 only.
+
+Calls that were accepted wait for room in the queue in two lines, one for each priority, and nobody overtakes within
+one. While online waits in its line, background does not board; but when the first one of background has seen as many
+online tokens pass as the queue may hold, it is next, and online waits for it. So every line moves on.
 """
 
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from engine.failures import DeadlinePassed
@@ -60,9 +65,11 @@ class Place:
 
     Attributes:
         retry_after_s: when there may be room for it.
+        passed_tokens: of the other priority, that got room while it was the first in its line.
     """
 
     retry_after_s: float
+    passed_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -82,11 +89,13 @@ class Flights:
     Args:
         runner: computes them.
         calls_in_line_max: calls of a priority that wait for room; a further one is refused.
+        passed_tokens_max: online tokens that pass the first one in the line of background.
     """
 
-    def __init__(self, runner: Runner, calls_in_line_max: int) -> None:
+    def __init__(self, runner: Runner, calls_in_line_max: int, passed_tokens_max: int) -> None:
         self._runner = runner
         self._calls_in_line_max = calls_in_line_max
+        self._passed_tokens_max = passed_tokens_max
         self._ids = itertools.count()
         self._by_id: dict[int, _Flight] = {}
         self._by_key: dict[bytes, int] = {}
@@ -119,7 +128,47 @@ class Flights:
             if not line:
                 raise
 
-    def board(
+    async def board(
+        self,
+        call: Call,
+        wanted: Sequence[tuple[int, Prepared]],
+        *,
+        clock: Callable[[], float],
+        priority: Priority,
+        deadline_s: float,
+        cache: bool,
+    ) -> None:
+        """Puts texts under way, all together: at once, or when there is room and it is their turn in the line.
+
+        Args:
+            call: who waits.
+            wanted: position in the call, and the text with its token ids.
+            clock: the runner's.
+            priority: of the call.
+            deadline_s: on the runner's clock.
+            cache: whether the result may be remembered.
+
+        Raises:
+            Retryable: the runner takes nothing.
+        """
+        try_to = partial(self._board, call, wanted, priority=priority, deadline_s=deadline_s, cache=cache)
+        try:
+            try_to(now_s=clock(), place=None)
+        except Backpressure as full:
+            retry_after_s = full.retry_after_s
+        else:
+            return
+        with self._in_line(priority, retry_after_s) as place:
+            while True:
+                await self._room(place)
+                try:
+                    try_to(now_s=clock(), place=place)
+                except Backpressure as full:
+                    place.retry_after_s = full.retry_after_s
+                else:
+                    break
+
+    def _board(
         self,
         call: Call,
         wanted: Sequence[tuple[int, Prepared]],
@@ -128,18 +177,9 @@ class Flights:
         priority: Priority,
         deadline_s: float,
         cache: bool,
-        place: Place | None = None,
+        place: Place | None,
     ) -> None:
-        """Puts texts under way, all or none. Nobody overtakes who waits in the line of the same priority.
-
-        Args:
-            call: who waits.
-            wanted: position in the call, and the text with its token ids.
-            now_s: the runner's time.
-            priority: of the call.
-            deadline_s: on the runner's clock.
-            cache: whether the result may be remembered.
-            place: of the caller in the line, if it has one.
+        """Puts texts under way, all or none.
 
         Raises:
             Backpressure: the queue is full, or others wait for room already; nothing was put under way.
@@ -154,6 +194,9 @@ class Flights:
             self._wait_in_line(priority, place)
             rows = [text.ids for _, text in new.values() if text.ids is not None]
             self._runner.add([item for item, _ in new.values()], rows)
+            background = self._lines[Priority.BACKGROUND]
+            if background and priority is Priority.ONLINE:
+                background[0].passed_tokens += sum(map(len, rows))
         for key, (item, text) in new.items():
             self._by_key[key] = item.id
             assert text.ids is not None
@@ -214,7 +257,7 @@ class Flights:
         self._wake()
 
     @contextmanager
-    def line(self, priority: Priority, retry_after_s: float) -> Iterator[Place]:
+    def _in_line(self, priority: Priority, retry_after_s: float) -> Iterator[Place]:
         """The last place in the line of a priority."""
         place = Place(retry_after_s)
         self._lines[priority].append(place)
@@ -224,7 +267,7 @@ class Flights:
             self._lines[priority].remove(place)
             self._wake()
 
-    async def room(self, place: Place) -> None:
+    async def _room(self, place: Place) -> None:
         """Until the place is the first one of its line and something was settled, or its `retry_after_s` passed."""
         while True:
             settled = self._settled
@@ -267,11 +310,14 @@ class Flights:
             _deliver(flight, error)
 
     def _wait_in_line(self, priority: Priority, place: Place | None) -> None:
-        line = self._lines[priority]
-        if line and line[0] is not place:
+        line, other = self._lines[priority], self._lines[Priority(1 - priority)]
+        background = self._lines[Priority.BACKGROUND]
+        overdue = bool(background) and background[0].passed_tokens >= self._passed_tokens_max
+        other_first = bool(other) and overdue == (priority is Priority.ONLINE)
+        if (line and line[0] is not place) or other_first:
             raise Backpressure(
                 "inference queue is full: an earlier call waits for room in it (engine.queue_tokens_max)",
-                retry_after_s=line[0].retry_after_s,
+                retry_after_s=(other if other_first else line)[0].retry_after_s,
             )
 
     def _forget(self, flight_id: int) -> _Flight | None:

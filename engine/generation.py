@@ -360,10 +360,11 @@ class Generator:
     async def _revive(self, dead: Driver) -> None:
         """Opens a driver in place of one whose thread died; what waits stays, or gets the reason why it cannot."""
         self._driver = None
-        for request in list(self._running.values()):
-            self._end(request, Retryable("generation failed: its thread died"))
         try:
             await self._on_host(dead.close)
+            # All that it had to say has come: only who is in none of its reports is left.
+            for request in list(self._running.values()):
+                self._end(request, Retryable("generation failed: its thread died"))
             self._driver = await self._on_host(choose, self._model, self._post)
         except Exception as error:  # noqa: BLE001 - whoever waits must be told, whatever it was
             self._driver = dead

@@ -42,9 +42,17 @@ class ContinuousDriver:
         config = GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=True, eos_token_id=self._ends, max_new_tokens=limits.new_tokens_max
         )
+        attention = model.net.config._attn_implementation  # noqa: SLF001 - it has no other name
         self._manager = model.net.init_continuous_batching(config, batching)
         self._manager.logit_processor = _logits_processors(model)
         self._manager.output_router = _router(on_tokens)
+        try:
+            # Now, and not by its thread: whoever closes at once would come before it, which transformers warns of.
+            self._manager.batch_processor = self._manager._create_batch_processor()  # noqa: SLF001 - as its warmup does
+        except BaseException:
+            model.net.set_attn_implementation(attention)  # as it was, for whoever drives the model instead
+            raise
+        self._closed = False
         # A thread inherits being a daemon from the one that starts it: a process that forgot to close still ends.
         starter = threading.Thread(target=self._manager.start, daemon=True)
         starter.start()
@@ -82,10 +90,15 @@ class ContinuousDriver:
         """See `Driver`."""
         from engine.models import quiet
 
+        if self._closed:
+            return
+        self._closed = True
         with quiet():
-            if self._manager.is_running():
-                self._manager.stop(block=True, hard_stop=True)
+            # Also when it died: that lets go of the cache, and gives the model its own attention back.
+            self._manager.stop(block=True, hard_stop=True)
             self._manager.destroy()
+        # An error holds the frames it came through, and with them the cache, which would lie beside the next one's.
+        self._manager.background_thread_status.fatal_error = None
 
 
 def _router(on_tokens: OnTokens) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from engine import generation_images, models
-from engine.config import EngineConfig
+from engine.config import DEFAULT_NAME, GENERATION_NAME, EngineConfig
 from engine.loading import calm_openmp
 from engine.models import ModelCard
 from sluice.errors import ConfigError, Permanent
@@ -136,7 +136,11 @@ def load_generative(config: EngineConfig) -> Generative:
     """
     calm_openmp()
     name = config.generation.model or config.model
-    card = models.read_card(name, models.locate(name, allow_download=config.allow_download))
+    try:
+        folder = models.locate(name, allow_download=config.allow_download)
+    except models.NotFound as error:
+        raise error.of(GENERATION_NAME if config.generation.model else DEFAULT_NAME) from error
+    card = models.read_card(name, folder)
     if card.kind != "generation":
         offered = {"tokens": "tokens", "classification": "classify, embed, novelty"}
         raise Permanent(

@@ -74,6 +74,12 @@ class GenerationMeter:
         self._pace = telemetry.histogram(
             "engine_generation_token_seconds", "Mean time per token of a text, after its first.", _TOKEN_BUCKETS_S
         )
+        for priority in (each.name.lower() for each in Priority):
+            self._first.labels(priority)
+            for outcome in self._outcomes:
+                self._requests.labels(outcome, priority)
+        for kind in ("prompt", "new"):
+            self._tokens.labels(kind)
         for level, (name, text) in enumerate(
             (
                 ("engine_generations_waiting", "Texts not begun."),

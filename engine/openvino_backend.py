@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from engine import openvino_model
 from engine.backend import BackendInfo, DeviceMemory, DeviceOutOfMemory, Precision
 from engine.config import EngineConfig
+from engine.cpus import usable_cpus
 from engine.models import ModelCard
 from engine.packing import cut, pad
 from engine.probe import AGREEMENT_MIN, PROBE_LENGTH, PROBE_ROWS, SPEEDUP_MIN, measure, probe_batch
@@ -50,10 +51,10 @@ def open_backend(config: EngineConfig, card: ModelCard, reasons: dict[str, str])
     core = openvino_model.shared_core()
     wanted = openvino_model.source(config, card)
     model, origin = openvino_model.load(core, wanted, config.caches.directory)
-    allowed = len(os.sched_getaffinity(0))
-    threads = config.threads or allowed
+    usable = usable_cpus()
+    threads = config.threads or usable.count
     reasons["device"] = f"cpu: {core.get_property('CPU', 'FULL_DEVICE_NAME')}"
-    reasons["threads"] = f"{threads}: {'configured' if config.threads else f'{allowed} CPUs are allowed'}"
+    reasons["threads"] = f"{threads}: {'configured' if config.threads else usable.reason}"
     reasons["pooling"] = f"{wanted.pooling}: {'the model says so' if config.pooling == 'auto' else 'configured'}"
     reasons["length_max"] = f"{wanted.length_max} tokens: the model allows {card.length_max}"
     reasons["network"] = f"OpenVINO {openvino.__version__.partition('-')[0]}: {origin}"

@@ -1,4 +1,4 @@
-"""What sentence-transformers' files in a model's folder say: how token vectors become one, and what follows.
+"""What sentence-transformers' files in a model's folder say: what texts go through, and how token vectors become one.
 
 The engine pools by mean or by [CLS] and normalises. A model that is made for anything else would give vectors that look
 right and are not, so it is refused.
@@ -51,6 +51,15 @@ def pooling_of(folder: Path) -> Literal["mean", "cls"]:
                 f"{place / 'config.json'}: the model pools by {' and '.join(modes)}, and the engine by mean or cls "
                 "only: its embeddings would be wrong. Choose a model that pools by one of these"
             )
+
+
+def is_lowercased(folder: Path) -> bool:
+    """Whether texts are put into lower case before they become tokens, whatever the tokenizer does by itself.
+
+    Raises:
+        Permanent: the file is damaged.
+    """
+    return bool(optional_json(folder / "sentence_bert_config.json").get("do_lower_case"))
 
 
 def prompts_of(folder: Path) -> dict[str, Any]:

@@ -16,15 +16,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+import msgspec
+
 from engine.config import EngineConfig
 from engine.failures import EngineStopped
 from engine.fleet import DeviceEvent, DeviceStats, Recovery
 from engine.loading import Loaded
-from engine.models import locate, read_card
+from engine.models import NotFound, locate, read_card
 from engine.novelty import Novelty
 from engine.runner import Report, Runner
 from engine.session import Session
 from engine.stats import Figures
+from engine.tasks import ZeroShotClassifier
 from engine.turns import Turns
 from sluice.errors import Retryable, SluiceError
 
@@ -64,12 +67,14 @@ class ServedModel:
         host: the thread that prepares texts and reads results; shared by all models of an engine.
         turns: whose turn it is there.
         listener: told what happens.
+        name: what it is called beside other models.
     """
 
     def __init__(
-        self, config: EngineConfig, load: Load, host: ThreadPoolExecutor, turns: Turns, listener: Listener
+        self, config: EngineConfig, load: Load, host: ThreadPoolExecutor, turns: Turns, listener: Listener, name: str
     ) -> None:
         self.config = config
+        self._name = name
         self.refusing = "the engine is not started"
         self._load = load
         self._host = host
@@ -100,6 +105,12 @@ class ServedModel:
         self._known = before.novelty if before else None
         self._thread.start()
         await self._started
+
+    def is_as(self, config: EngineConfig) -> bool:
+        """Whether it would be the same if it were opened as `config` has it: who needs no labels has any."""
+        if self._session is not None and not isinstance(self._session.loaded.tasks.get("classify"), ZeroShotClassifier):
+            config = msgspec.structs.replace(config, labels=self.config.labels)
+        return self.config == config
 
     @property
     def version(self) -> str:
@@ -219,7 +230,7 @@ class ServedModel:
         try:
             loaded = self._load(self.config)
         except BaseException as error:  # noqa: BLE001 - it is raised again where `open` waits
-            self._post(self._not_opened, error)
+            self._post(self._not_opened, error.of(self._name) if isinstance(error, NotFound) else error)
             return
         try:
             runner = Runner(

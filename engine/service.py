@@ -31,39 +31,33 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Final
 
 from engine.analysis import Analysis, failures
 from engine.config import DEFAULT_NAME, GENERATION_NAME, EngineConfig
 from engine.failures import EngineStopped
-from engine.fleet import DeviceEvent, DeviceStats
+from engine.fleet import DeviceStats
 from engine.generation import Generator
 from engine.generation_served import ServedGenerator
 from engine.lane import Priority
 from engine.loading import load
 from engine.runner import Report
 from engine.served import Listener, Load, ServedModel, files_version
-from engine.stats import CACHE_DAMAGED, LOADED, REFUSED, EngineCounters, EngineStats, Figures, LiveMetrics
+from engine.stats import (
+    CACHE_DAMAGED,
+    FAILED,
+    LOADED,
+    REFUSED,
+    SWAPPED,
+    EngineCounters,
+    EngineStats,
+    Figures,
+    LiveMetrics,
+)
 from engine.turns import Turns
 from sluice.errors import Backpressure, Permanent, Retryable
-from sluice.telemetry import Event, Telemetry
+from sluice.telemetry import Telemetry
 
 __all__ = ["Analysis", "Engine", "EngineStats", "Priority"]
-
-FAILED: Final = Event(name="engine_failed", unit="models", help="Models whose compute thread died.", level="error")
-DEVICE_LOST: Final = Event(
-    name="engine_device_lost",
-    unit="events",
-    help="Devices or worker processes that died or could not be opened anew; their texts are tried elsewhere.",
-    labels=("kind",),
-    level="warning",
-)
-DEVICE_BACK: Final = Event(
-    name="engine_device_restored", unit="events", help="Devices that came back.", labels=("kind",)
-)
-SWAPPED: Final = Event(
-    name="engine_model_swapped", unit="models", help="Models replaced while at work.", labels=("model",)
-)
 
 
 class Engine:
@@ -89,7 +83,7 @@ class Engine:
         self._alive: set[ServedModel] = set()  # those above, and those that are opened or retired
         self._generation = ServedGenerator(telemetry)
         self._swapping = asyncio.Lock()
-        self._listener = Listener(self._batch, self._damaged, self._failed, self._device)
+        self._listener = Listener(self._batch, self._damaged, self._failed, self._counters.device)
         self._past = Figures()  # of models that are gone
         self._closed = ""
         self.opened = asyncio.Event()
@@ -151,7 +145,7 @@ class Engine:
                 if self._closed:
                     return
                 # One after another: they are measured while they load, and must not disturb each other.
-                served = self._models[name] = self._served(self._config.of(name))
+                served = self._models[name] = self._served(name, self._config.of(name))
                 try:
                     await served.open()
                 except EngineStopped:
@@ -259,6 +253,7 @@ class Engine:
                 if await self._is_other(self._models.get(name), config.of(name)):
                     await self._replace(name, config.of(name))
                     changed.append(name)
+                self._models[name].config = config.of(name)  # what it does not read may be new, and counts in a swap
             for name in [name for name in self._models if name not in config.names]:
                 await self._retire(self._models.pop(name))
                 changed.append(name)
@@ -271,7 +266,7 @@ class Engine:
 
     async def _is_other(self, served: ServedModel | None, config: EngineConfig) -> bool:
         """Whether a model must be opened anew to be as `config` has it."""
-        if served is None or served.refusing or served.config != config:
+        if served is None or served.refusing or not served.is_as(config):
             return True
         if self._load is not load:
             return False
@@ -282,7 +277,7 @@ class Engine:
         """Opens a model as `config` has it for this one, in the place of the one that has its name now, if any."""
         self._require_open()  # it may have been closed while the one before was replaced
         old = self._models.get(name)
-        new = self._served(config)
+        new = self._served(name, config)
         try:
             await new.open(old)
             self._require_open()  # it may have been closed while this one was loaded
@@ -360,17 +355,13 @@ class Engine:
         served = self._models.get(name)
         return served.version if served else ""
 
-    def _served(self, config: EngineConfig) -> ServedModel:
-        served = ServedModel(config, self._load, self._host, self._turns, self._listener)
+    def _served(self, name: str, config: EngineConfig) -> ServedModel:
+        served = ServedModel(config, self._load, self._host, self._turns, self._listener, name)
         self._alive.add(served)
         return served
 
     def _batch(self, report: Report) -> None:
         self._counters.batch(report)
-
-    def _device(self, event: DeviceEvent) -> None:
-        told = DEVICE_BACK if event.kind in {"restored", "up"} else DEVICE_LOST
-        self._telemetry.emit(told, device=event.device, kind=event.kind, detail=event.detail)
 
     def _figures(self) -> Figures:
         return sum((served.figures for served in tuple(self._alive)), self._past)

@@ -5,7 +5,6 @@ results; the runner's thread drives the device and reports through `settle`.
 """
 
 import asyncio
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -14,6 +13,7 @@ from typing import TypeVar
 
 from engine.analysis import Analysis, Reading
 from engine.config import EngineConfig
+from engine.cpus import usable_cpus
 from engine.failures import BadText, DeadlinePassed
 from engine.flights import NO_DEADLINE, Call, Flights
 from engine.lane import Priority
@@ -26,7 +26,6 @@ from engine.runner import Report, Runner
 from engine.tasks import find
 from engine.token_pool import processes_for, reason_for
 from engine.turns import Turns
-from sluice.errors import Backpressure
 
 _T = TypeVar("_T")
 
@@ -62,13 +61,13 @@ class Session:
     ) -> None:
         self.loaded = loaded
         self.runner = runner
-        self.flights = Flights(runner, config.calls_in_line_max)
+        self.flights = Flights(runner, config.calls_in_line_max, config.queue_tokens_max)
         self._config = config
         self._host = host
         self._turns = turns
         self._clock = clock
         self._on_damage = on_damage
-        processes = processes_for(config.tokenizer_processes, loaded.info.device, len(os.sched_getaffinity(0)))
+        processes = processes_for(config.tokenizer_processes, loaded.info.device, usable_cpus().count)
         loaded.reasons["tokenizer"] = reason_for(processes, config.tokenizer_processes)
         self._preparer = Preparer(
             loaded.tokenizer,
@@ -191,13 +190,10 @@ class Session:
         for part in self._chunks(texts):
             prepared = await self._prepare(texts[part], stream, priority, new=part.start == 0)
             wanted = _deliver_known(call, part.start, prepared)
-            if not wanted:
-                continue
-            board = partial(self.flights.board, call, wanted, priority=priority, deadline_s=until_s, cache=cache)
-            try:
-                board(now_s=self._clock())
-            except Backpressure as full:
-                await self._wait_for_room(board, priority, full.retry_after_s)
+            if wanted:
+                await self.flights.board(
+                    call, wanted, clock=self._clock, priority=priority, deadline_s=until_s, cache=cache
+                )
 
     async def _prepare(self, texts: Sequence[str], stream: str, priority: Priority, *, new: bool) -> list[Prepared]:
         """Prepares a chunk; that of a new call only if there is still room when it is its turn."""
@@ -208,18 +204,6 @@ class Session:
             return self._begin(self._preparer.prepare, texts, stream)
 
         return await self._turns.run(priority, start, new=new)
-
-    async def _wait_for_room(self, board: Callable[..., None], priority: Priority, retry_after_s: float) -> None:
-        """Tries whenever something was settled and it is its turn among those of its priority."""
-        with self.flights.line(priority, retry_after_s) as place:
-            while True:
-                await self.flights.room(place)
-                try:
-                    board(now_s=self._clock(), place=place)
-                except Backpressure as full:
-                    place.retry_after_s = full.retry_after_s
-                else:
-                    break
 
     def _know_streams(self, known: Novelty | None) -> None:
         """What streams usually say: as the model before knows it, or as it was saved; else nothing yet."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Final
+from typing import Final, get_args
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -10,7 +10,9 @@ from prometheus_client.registry import Collector
 from engine.analysis import Analysis
 from engine.buckets import reporting_class
 from engine.config import REPORTING_CLASSES
-from engine.fleet import DeviceStats
+from engine.failures import Reason
+from engine.fleet import DeviceEvent, DeviceStats, EventKind
+from engine.lane import Priority
 from engine.prepare import CacheCounts
 from engine.runner import Report
 from sluice.telemetry import Event, Telemetry
@@ -28,6 +30,22 @@ CACHE_DAMAGED = Event(
 REFUSED = Event(
     name="engine_call_refused", unit="calls", help="Calls refused because the queue was full.", level="debug"
 )
+FAILED = Event(name="engine_failed", unit="models", help="Models whose compute thread died.", level="error")
+DEVICE_LOST = Event(
+    name="engine_device_lost",
+    unit="events",
+    help="Devices or worker processes that died or could not be opened anew; their texts are tried elsewhere.",
+    labels=("kind",),
+    level="warning",
+)
+DEVICE_BACK = Event(name="engine_device_restored", unit="events", help="Devices that came back.", labels=("kind",))
+SWAPPED = Event(name="engine_model_swapped", unit="models", help="Models replaced while at work.", labels=("model",))
+# What may happen to a device, by what it is told as.
+_DEVICE_EVENTS: Final[dict[Event, tuple[EventKind, ...]]] = {
+    DEVICE_LOST: ("lost", "not_restored", "down"),
+    DEVICE_BACK: ("restored", "up"),
+}
+_TASKS: Final = ("classify", "embed", "novelty", "tokens")
 # From one cached online text to a long background queue.
 _LATENCY_BUCKETS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -92,7 +110,7 @@ class Figures:
 
 
 class LiveMetrics(Collector):
-    """What is read when somebody asks: the queue, and the devices' memory, which goes with a device that is gone.
+    """What is read when somebody asks: the queue, and the devices' figures, which go with a device that is gone.
 
     Labels are few: models as configured, their devices, four kinds of figure, the reporting classes.
 
@@ -114,9 +132,12 @@ class LiveMetrics(Collector):
         yield CounterMetricFamily(
             "sluice_engine_texts_coalesced", "Texts that joined one under way.", figures.texts_coalesced
         )
-        yield from self._memory()
+        yield from self._of_devices()
 
-    def _memory(self) -> Iterator[GaugeMetricFamily]:
+    def _of_devices(self) -> Iterator[Metric]:
+        busy = CounterMetricFamily(
+            "sluice_engine_device_busy_seconds", "Time the device computed.", labels=("model", "device")
+        )
         memory, peak, limit = (
             GaugeMetricFamily(f"sluice_engine_device_{name}", text, labels=("model", "device", *more))
             for name, text, *more in (
@@ -128,12 +149,13 @@ class LiveMetrics(Collector):
         for model, devices in self._devices().items():
             for device in devices:
                 names = (model, device.name)
+                busy.add_metric(names, device.busy_s)
                 for kind, value in asdict(device.memory).items() if device.memory else ():
                     memory.add_metric((*names, kind), value)
                 for length, value in device.peaks.items():
                     peak.add_metric((*names, str(length)), value)
                 limit.add_metric(names, device.tokens_max)
-        yield from (memory, peak, limit)
+        yield from (busy, memory, peak, limit)
 
 
 class EngineCounters:
@@ -154,11 +176,30 @@ class EngineCounters:
         self._cache_metric = telemetry.counter("engine_cache_lookups", "Cache lookups.", ["cache", "outcome"])
         self._truncated_metric = telemetry.counter("engine_texts_truncated", "Texts that were truncated.")
         self._dropped_metric = telemetry.counter("engine_tokens_dropped", "Tokens that truncation took away.")
-        self._busy_metric = telemetry.counter("engine_device_busy_seconds", "Time the device computed.")
         self._waited_metric = telemetry.counter("engine_memory_wait_seconds", "Time batches waited for memory.")
         self._latency = telemetry.histogram(
             "engine_call_latency_seconds", "From call to result.", _LATENCY_BUCKETS_S, ["priority"]
         )
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        """Shows what may be counted before it is: a series that begins with its first event hides that one's rate."""
+        for priority in (each.name.lower() for each in Priority):
+            self._latency.labels(priority)
+            for task in _TASKS:
+                self._texts_metric.labels(task, priority)
+        for length in self._classes:
+            self._batches_metric.labels(str(length))
+        for kind in ("real", "padding"):
+            self._tokens_metric.labels(kind)
+        for cache in ("token", "result"):
+            for outcome in ("hits", "misses"):
+                self._cache_metric.labels(cache, outcome)
+        for event in (OUT_OF_MEMORY, CACHE_DAMAGED, REFUSED, FAILED):
+            self.telemetry.expect(event)
+        for event, kinds in _DEVICE_EVENTS.items():
+            self.telemetry.expect(event, *kinds)
+        self.telemetry.expect(TEXT_FAILED, *filter(None, get_args(Reason)))
 
     def call(self, task: str, priority: str, analyses: Sequence[Analysis], seconds: float) -> None:
         """A call of `analyze` was answered."""
@@ -184,7 +225,6 @@ class EngineCounters:
         self._batches_metric.labels(str(length)).inc()
         self._tokens_metric.labels("real").inc(report.tokens)
         self._tokens_metric.labels("padding").inc(max(0, report.padded_tokens - report.tokens))
-        self._busy_metric.inc(max(0.0, report.seconds))
         self._waited_metric.inc(report.waited_s)
         self.memory_wait_s += report.waited_s
         if report.splits:
@@ -197,6 +237,11 @@ class EngineCounters:
         if reason == "deadline":
             self.texts_expired += texts
         self.telemetry.emit(TEXT_FAILED, texts, reason=reason)
+
+    def device(self, event: DeviceEvent) -> None:
+        """Something happened to a device."""
+        (told,) = (each for each, kinds in _DEVICE_EVENTS.items() if event.kind in kinds)
+        self.telemetry.emit(told, device=event.device, kind=event.kind, detail=event.detail)
 
     def caches(self, changes: CacheCounts) -> None:
         """Adds what the caches of a model counted since the last time."""

@@ -17,6 +17,7 @@ import torch
 from engine import models, network, torch_forms
 from engine.backend import Backend, BackendInfo, DeviceMemory, DeviceOutOfMemory, Precision
 from engine.config import EngineConfig
+from engine.cpus import usable_cpus
 from engine.models import ModelCard
 from engine.torch_forms import Form
 from sluice.errors import ConfigError
@@ -164,11 +165,10 @@ def _device(wanted: str) -> torch.device:
 
 
 def _set_threads(wanted: int, reasons: dict[str, str]) -> None:
-    allowed = len(os.sched_getaffinity(0))
-    threads = wanted or min(allowed, torch.get_num_threads())
+    usable = usable_cpus()
+    threads = wanted or min(usable.count, torch.get_num_threads())
     torch.set_num_threads(threads)
-    why = "configured" if wanted else f"{allowed} CPUs are allowed"
-    reasons["threads"] = f"{threads}: {why}"
+    reasons["threads"] = f"{threads}: {'configured' if wanted else usable.reason}"
 
 
 def _info(

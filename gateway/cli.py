@@ -17,7 +17,7 @@ from sluice.config import load
     envvar="SLUICE_CONFIG",
     help="TOML file; SLUICE_... variables override it.",
 )
-@click.option("--check", is_flag=True, help="Check configuration and policy, compile the detectors, and exit.")
+@click.option("--check", is_flag=True, help="Check configuration, policy and models, and exit.")
 def gateway(config_file: Path | None, check: bool) -> None:
     """MQTT to Kafka, for one site: what is sensitive stays here, sealed, and is analysed here.
 
@@ -34,11 +34,13 @@ def gateway(config_file: Path | None, check: bool) -> None:
 
 
 def checked(config: GatewayConfig) -> str:
-    """Reads the policy, compiles its detectors, and says in a few lines what would run.
+    """Reads the policy, compiles its detectors, looks at the models, and says in a few lines what would run.
 
     Raises:
         ConfigError: naming file and key.
+        Permanent: a model is not there, or damaged.
     """
+    from engine.check import check_models
     from gateway.classifier import build
     from gateway.policy import configured
     from sluice.kafka_client import WRITER_PROMISES, user_options
@@ -46,6 +48,8 @@ def checked(config: GatewayConfig) -> str:
     policy = configured(config.policy)
     build(policy, config.scanner)
     user_options(config.kafka, WRITER_PROMISES)
+    analysis = config.local.analysis
+    models = check_models(config.engine, analysis.task, key="local.analysis.task") if analysis.enabled else []
     rules = f"{len(policy.rules)} rules from {config.policy.file}" if policy else "the built-in policy"
     return "\n".join(
         (
@@ -54,5 +58,6 @@ def checked(config: GatewayConfig) -> str:
             f"  policy: {rules}",
             f"  stays here: {config.local.directory} (sealed), {config.quarantine.directory} (quarantine)",
             f"  leaves: {config.kafka.records_topic} at Kafka {config.kafka.bootstrap_servers}",
+            *(f"  {line}" for line in models),
         )
     )

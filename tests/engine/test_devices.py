@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from engine import devices, models
+from engine import cpus, devices, models
 from engine.config import EngineConfig
+from engine.cpus import Cpus
 from engine.devices import Opened, divided, node_specs, open_devices
 from engine.models import ModelCard
 from engine.remote import RemoteBackend
+from sluice.errors import Retryable
 from tests.engine.fakes import FakeBackend
 from tests.engine.test_backend import rows, run, same
 from tests.engine.test_lanes import Clockwork
@@ -84,6 +86,55 @@ def test_a_precision_that_was_measured_is_what_a_worker_that_takes_over_gets(tin
     opened.backend.close()
 
 
+@NO_GPU
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a quota of one CPU is no limit on one")
+@pytest.mark.parametrize("kind", [{}, {"worker_kind": "process"}])
+def test_no_more_threads_are_started_than_the_quota_has_time_for(
+    tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any]
+) -> None:
+    (tmp_path / "member").write_text("0::/\n")
+    (tmp_path / "cpu.max").write_text("70000 100000\n")
+    monkeypatch.setattr(cpus, "MEMBERSHIP", tmp_path / "member")
+    monkeypatch.setattr(cpus, "GROUPS", tmp_path)
+    reasons = reasons_for(tiny_models["bert"], **kind)
+    assert reasons["threads"].startswith("1")
+    assert reasons["threads"].endswith(f": 1 of {len(os.sched_getaffinity(0))} CPUs are allowed (quota)")
+
+
+def broken(told: str) -> Any:
+    def open_backend(*_: Any) -> Any:
+        raise Retryable(f"model 'm': cannot load the weights onto cuda:0 now: {told}")
+
+    return open_backend
+
+
+def test_where_this_process_lost_its_context_the_next_model_gets_a_worker_process(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU stands for the accelerator."""
+    folder, reasons = tiny_models["bert"], {}
+    monkeypatch.setattr(devices, "open_backend", broken("CUDA error: an illegal memory access was encountered"))
+    (opened,) = devices._accelerators(section(folder, device="cpu", threads=1), card(folder), reasons, ["cpu"])
+    try:
+        assert isinstance(opened.backend, RemoteBackend)
+        assert opened.reopen is not None
+        assert len(run(opened.backend, rows(3, 17))) == 2
+        assert "a worker process, since this process cannot use it: " in reasons["devices"]
+        assert "illegal memory access" in reasons["devices"]
+    finally:
+        opened.backend.close()
+
+
+@pytest.mark.parametrize("told", ["CUDA error: out of memory", "CUDA out of memory. Tried", "no CUDA GPUs are there"])
+def test_a_device_that_is_full_is_not_tried_from_a_second_process(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    folder = tiny_models["bert"]
+    monkeypatch.setattr(devices, "open_backend", broken(told))
+    with pytest.raises(Retryable, match=told):
+        devices._accelerators(section(folder, device="cpu", threads=1), card(folder), {}, ["cpu"])
+
+
 class Watched(Clockwork):
     """Notes its lanes."""
 
@@ -104,6 +155,13 @@ def test_lanes_are_pinned_to_the_cpus_that_they_were_measured_on() -> None:
     assert chosen == [(2, (1, 3)), (2, (4, 6))]
     assert set(chosen) <= set(measured)
     assert backend.closed
+
+
+def test_lanes_within_a_quota_are_never_pinned() -> None:
+    backend, reasons = Watched({(4, False): 1.0, (2, False): 1.5, (1, False): 3.8}), {}
+    opened = divided(backend, reasons, 0, 4, [1, 3, 4, 6], 100.0, backend.now, pins=False)
+    assert len(opened) == 2
+    assert {pinned for _, pinned in backend.lanes} == {()}
 
 
 @pytest.mark.parametrize(("wanted", "threads", "each"), [(2, 4, 2), (3, 4, 1), (4, 2, 1)])
@@ -145,7 +203,7 @@ def test_worker_processes_that_cannot_be_had_leave_the_lanes_at_work(
     reasons: dict[str, str] = {}
     opened = [Opened("cpu/0", lane)]
     # One lane on what is said to be eight CPUs: processes could be eight times as fast.
-    found = devices._try_processes(section(tmp_path, device="cpu"), gone, reasons, opened, [0] * 8)
+    found = devices._try_processes(section(tmp_path, device="cpu"), gone, reasons, opened, Cpus(tuple(range(8))), 8)
     assert found == opened
     assert not lane.closed
     assert reasons["workers"].startswith("none: 8 worker processes were tried: ")

@@ -111,3 +111,19 @@ def test_a_model_of_another_task_is_no_embedder(folder: Path, architecture: str,
             models.read_card("m", folder)
         write(folder / "modules.json", modules(OLD + "Transformer", OLD + "Pooling"))  # an embedder was made of it
     assert models.read_card("m", folder).kind == "embedding"
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_texts_are_put_into_lower_case_when_the_model_wants_it(folder: Path, own: bool) -> None:
+    def ids(*, wanted: bool) -> list[list[int]]:
+        write(folder / "sentence_bert_config.json", {"max_seq_length": 46, "do_lower_case": wanted})
+        tokenizer = models.load_tokenizer(models.read_card("m", folder))
+        return [each.ids for each in tokenizer.encode_batch(["Disk FULL", "disk full"])]
+
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    write(file, {**content, "normalizer": {"type": "NFC"} if own else None})
+    upper, lower = ids(wanted=True)
+    assert upper == lower
+    upper, lower = ids(wanted=False)
+    assert upper != lower

@@ -116,6 +116,30 @@ async def test_memory_of_each_device_is_in_the_figures_and_the_metrics_as_long_a
         assert memory == dataclasses.asdict(figures.memory)
         assert sample(engine, "device_batch_peak_bytes", **device, length="64") == 5000
         assert sample(engine, "device_batch_tokens_max", **device) == 256
+        assert sample(engine, "device_busy_seconds_total", **device) == figures.busy_s > 0
     await engine.reload(EngineConfig(model="first", caches=NO_CACHES))
     assert sample(engine, "device_batch_tokens_max", model="second", device="fake") is None
     assert sample(engine, "device_batch_tokens_max", model="default", device="fake") == 256
+
+
+async def test_what_may_be_counted_is_shown_before_it_is(open_engine: Open) -> None:
+    engine: Engine = await open_engine(EngineConfig(caches=NO_CACHES), loader=fake_loader(FakeBackend()))
+    for name, labels in {
+        "texts_total": {"task": "tokens", "priority": "online"},
+        "call_latency_seconds_count": {"priority": "background"},
+        "batches_total": {"length": "512"},
+        "tokens_total": {"kind": "padding"},
+        "cache_lookups_total": {"cache": "result", "outcome": "hits"},
+        "text_failed_texts_total": {"reason": "deadline"},
+        "batch_split_batches_total": {},
+        "call_refused_calls_total": {},
+        "cache_damaged_entries_total": {},
+        "failed_models_total": {},
+        "device_lost_events_total": {"kind": "lost"},
+        "device_restored_events_total": {"kind": "up"},
+        "device_busy_seconds_total": {"model": "default", "device": "fake"},
+        "generations_total": {"outcome": "refused", "priority": "online"},
+        "generation_tokens_total": {"kind": "new"},
+        "generation_first_token_seconds_count": {"priority": "background"},
+    }.items():
+        assert sample(engine, name, **labels) == 0, name

@@ -114,7 +114,7 @@ async def test_the_queue_is_in_the_metrics_while_it_is_long(open_engine: Open) -
 async def test_a_refused_call_is_counted_and_nothing_else_of_it(open_engine: Open) -> None:
     engine, backend, first = await blocked(open_engine, queue_tokens_max=40)
     second = await queued(engine, ["x" * 60])
-    assert sample(engine, "call_refused_calls_total") in {None, 0}
+    assert sample(engine, "call_refused_calls_total") == 0
     with pytest.raises(Backpressure):
         await engine.analyze(WAITING)
     assert sample(engine, "call_refused_calls_total") == 1
@@ -128,7 +128,7 @@ async def test_how_long_calls_take_is_told_by_priority(open_engine: Open) -> Non
     engine: Engine = await open_engine(EngineConfig(), loader=fake_loader(FakeBackend()))
     await engine.analyze(["a", "b"], priority=Priority.ONLINE)
     assert sample(engine, "call_latency_seconds_count", priority="online") == 1
-    assert sample(engine, "call_latency_seconds_count", priority="background") is None
+    assert sample(engine, "call_latency_seconds_count", priority="background") == 0
     assert 0 < (sample(engine, "call_latency_seconds_sum", priority="online") or 0) < 20
 
 
@@ -143,7 +143,7 @@ async def test_hits_and_misses_of_each_cache_are_told_apart_in_the_metrics(open_
         for outcome in ("hits", "misses")
     }
     assert lookups == {
-        ("token", "hits"): None,
+        ("token", "hits"): 0,
         ("token", "misses"): 9,
         ("result", "hits"): 4,
         ("result", "misses"): 9,
