@@ -15,7 +15,7 @@ import functools
 import random
 import time
 import tomllib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -48,16 +48,15 @@ class Measured:
     """What was measured.
 
     Attributes:
-        figures: by name; `p50_ms` and `p99_ms` are of `latencies_s`, which were taken at `load` of the capacity.
+        figures: by name; `p50_ms` and `p99_ms` are of `latencies_s`, which were taken at `load` of the capacity, and
+            `chosen` is what the engine chose at start-up.
         latencies_s: of single online texts, ascending; at least so much for those without an answer.
         batches: of the full queue, by length class.
-        chosen: by the engine at start-up, each with its reason.
     """
 
     figures: Mapping[str, Any]
     latencies_s: Sequence[float]
     batches: Mapping[int, int]
-    chosen: Mapping[str, str]
 
 
 def section(values: Mapping[str, Any], settings: Sequence[str] = ()) -> EngineConfig:
@@ -202,8 +201,8 @@ async def _run(
         ask = functools.partial(engine.analyze, task=task, priority=Priority.ONLINE)
         latencies, unanswered = await _open_loop(ask, good, rate, seconds, progress)
         figures = _figures(config, engine, took_s, full, latencies)
-        figures |= {"task": task, "load": load, "latency_unanswered": unanswered}
-        return Measured(figures, latencies, full.batches, engine.plan())
+        figures |= {"task": task, "load": load, "latency_unanswered": unanswered, "chosen": engine.plan()}
+        return Measured(figures, latencies, full.batches)
     finally:
         await engine.close()
 
@@ -266,7 +265,7 @@ async def _open_loop(
 
     begun = due = time.perf_counter()
     told = 0.0
-    with contextlib.suppress(TimeoutError):
+    with contextlib.suppress(TimeoutError), _first_error():
         async with asyncio.timeout(None) as patience, asyncio.TaskGroup() as group:
             while (due := due + chance.expovariate(rate)) < begun + seconds and len(waiting) < _UNANSWERED_MAX:
                 await asyncio.sleep(max(0.0, due - time.perf_counter()))
@@ -279,6 +278,15 @@ async def _open_loop(
             patience.reschedule(asyncio.get_running_loop().time() + seconds)
     now = time.perf_counter()
     return sorted([*latencies, *(now - since for since in waiting.values())]), len(waiting)
+
+
+@contextlib.contextmanager
+def _first_error() -> Iterator[None]:
+    """Raises the first of a group of errors, as it is: it says what to do."""
+    try:
+        yield
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:

@@ -71,7 +71,7 @@ def report_lines(measured: Measured, columns: int) -> Iterator[str]:
 
 
 def _figures(measured: Measured) -> Iterator[str]:
-    figures, chosen = measured.figures, measured.chosen
+    figures, chosen = measured.figures, measured.figures["chosen"]
     tail = percentile(measured.latencies_s, 1.0) * 1e3
     lines = {
         "model": f"{figures['model']}, version {figures['model_version']}",

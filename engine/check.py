@@ -1,14 +1,15 @@
 """What can be said of the configured models without loading them, for `--check`.
 
-Folders, descriptions and headers of weights are read; nothing is computed, downloaded, or put onto a device.
+Folders, descriptions, tokenizers and headers of weights are read; nothing is computed, downloaded or put onto a device.
 
 Fails: Permanent or ConfigError, naming the key or the file, as the start would.
 """
 
+from pathlib import Path
 from typing import Final
 
 from engine.config import GENERATION_NAME, EngineConfig, key_of
-from engine.models import Kind, ModelCard, NotFound, check_weights, locate, read_card, translated
+from engine.models import Kind, ModelCard, NotFound, check_weights, load_tokenizer, locate, read_card, translated
 from sluice.errors import ConfigError
 
 _OFFERED: Final[dict[Kind, tuple[str, ...]]] = {
@@ -39,7 +40,7 @@ def check_models(config: EngineConfig, task: str = "", model: str = "", key: str
     for name, what in wanted.items():
         card = _card(name, what, downloads=config.allow_download)
         if card is None:
-            lines.append(f"model {name}: {what} is not here yet, and is downloaded at the start")
+            lines.append(f"model {name}: {what} comes from the hub, and is fetched at the start if need be")
             continue
         offered[name] = _OFFERED[card.kind]
         if (card.kind == "generation") != (name == GENERATION_NAME):
@@ -55,14 +56,26 @@ def check_models(config: EngineConfig, task: str = "", model: str = "", key: str
 
 
 def _card(name: str, model: str, *, downloads: bool) -> ModelCard | None:
-    """What a model's folder says; None when it is still to be downloaded."""
+    """What a model's folder says; None when its files may still be downloaded."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
     try:
         folder = locate(model, allow_download=False)
     except NotFound as error:
-        if downloads:
-            return None
-        raise error.of(name) from error
+        if not downloads:
+            raise error.of(name) from error
+        try:
+            validate_repo_id(model)
+        except HFValidationError:
+            raise error.of(name) from error
+        return None
+    if downloads and Path(HF_HUB_CACHE) in folder.parents:
+        return None  # the start fetches what is missing there
     card = read_card(model, folder)
+    if card.kind != "generation":
+        load_tokenizer(card)
     with translated(card, "weights"):
         check_weights(card)
     return card

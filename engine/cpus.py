@@ -79,7 +79,7 @@ def _own(group: Path, version: int) -> float:
         words = _read(group / "cpu.max").split()
     try:
         quota_us, period_us = map(int, words)
-    except ValueError:  # "max", or no such file
+    except (ValueError, OverflowError):  # "max", no such file, or no number of this world
         return math.inf
     return quota_us / period_us if quota_us > 0 and period_us > 0 else math.inf
 

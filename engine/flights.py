@@ -13,7 +13,7 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -66,10 +66,12 @@ class Place:
     Attributes:
         retry_after_s: when there may be room for it.
         passed_tokens: of the other priority, that got room while it was the first in its line.
+        called: there may be room for it now.
     """
 
     retry_after_s: float
     passed_tokens: int = 0
+    called: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(slots=True)
@@ -99,7 +101,6 @@ class Flights:
         self._ids = itertools.count()
         self._by_id: dict[int, _Flight] = {}
         self._by_key: dict[bytes, int] = {}
-        self._settled = asyncio.Event()
         # Who waits for room, in the order of arrival: one chunk per call that was accepted.
         self._lines: dict[Priority, deque[Place]] = {priority: deque() for priority in Priority}
         self.coalesced = 0
@@ -110,7 +111,8 @@ class Flights:
     def admit(self, priority: Priority) -> None:
         """Asks whether a new call may come in: before its texts have cost anything.
 
-        While others wait for room it may join them, or a large call would keep all others out until it ends.
+        While others wait for room it may join them, or a large call would keep all others out until it ends; and
+        background may line up when it is online that leaves it no room, or it would never have its turn.
 
         Raises:
             Backpressure: the queue is full and nobody waits for room in it, or too many do.
@@ -125,7 +127,7 @@ class Flights:
         try:
             self._runner.admit(priority)
         except Backpressure:
-            if not line:
+            if not line and (priority is Priority.ONLINE or not self._runner.crowded_out):
                 raise
 
     async def board(
@@ -270,12 +272,10 @@ class Flights:
     async def _room(self, place: Place) -> None:
         """Until the place is the first one of its line and something was settled, or its `retry_after_s` passed."""
         while True:
-            settled = self._settled
-            try:
+            with suppress(TimeoutError):
                 async with asyncio.timeout(place.retry_after_s):
-                    await settled.wait()
-            except TimeoutError:
-                pass
+                    await place.called.wait()
+            place.called.clear()
             if any(line and line[0] is place for line in self._lines.values()):
                 return
 
@@ -327,8 +327,9 @@ class Flights:
         return flight
 
     def _wake(self) -> None:
-        self._settled.set()
-        self._settled = asyncio.Event()
+        for line in self._lines.values():
+            if line:
+                line[0].called.set()
 
 
 def _deliver(flight: _Flight, outcome: Output | Exception) -> None:

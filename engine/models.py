@@ -121,6 +121,8 @@ def locate(model: str, *, allow_download: bool) -> Path:
             return package
     except (OSError, RuntimeError, ValueError) as error:  # too long, not to be entered, or of nobody's home
         raise NotFound(f"model '{model}': cannot be looked for: {error}", "") from error
+    if model.startswith(("/", ".", "~")):
+        raise NotFound(f"model '{model}' was not found: no such folder", "")
     return _hub_folder(model, allow_download=allow_download)
 
 
@@ -159,6 +161,9 @@ def load_tokenizer(card: ModelCard) -> Any:
         if not tokenizer.is_fast:
             raise Permanent(f"model '{card.name}': it has no fast tokenizer (tokenizer.json)")
         fast = tokenizer.backend_tokenizer
+        if fast.get_vocab_size() <= len(tokenizer.all_special_ids):
+            why = f"cannot load the tokenizer from {card.folder}: no tokenizer.json"
+            raise Permanent(f"model '{card.name}': {why}; {AGAIN}")
         if is_lowercased(card.folder):
             from tokenizers.normalizers import Lowercase, Sequence
 

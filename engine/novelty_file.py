@@ -64,8 +64,12 @@ class NoveltyFile:
         """Whether it should be saved now."""
         return self.changed and self._clock() >= self._packed_s + self._every_s
 
-    def load(self) -> None:
-        """Knows again what was saved, but for streams that are skipped now; on the thread that owns the novelty."""
+    def load(self, *, write: bool = True) -> None:
+        """Knows again what was saved, but for streams that are skipped now; on the thread that owns the novelty.
+
+        Args:
+            write: whether skipped streams leave the file at once, which no other model may write to then.
+        """
         try:
             self._sweep()
             outdated = "*" in self._skip or self._read()
@@ -77,7 +81,8 @@ class NoveltyFile:
             outdated = isinstance(error, ValueError) and bool(self._skip)
         if outdated:
             self.outdate()  # until that is written
-            self.write(self.pack())
+            if write:
+                self.write(self.pack())
 
     def outdate(self) -> None:
         """What is saved may hold streams that are skipped now: there is something to save."""
@@ -123,10 +128,10 @@ class NoveltyFile:
             raise
 
     def _sweep(self) -> None:
-        """Removes what is left of savings that were cut short."""
+        """Removes what is left of savings that were cut short: at once, where it may hold streams that are skipped."""
         for each in self._file.parent.glob(f"{NAME}-*"):
             with suppress(OSError):
-                if each.stat().st_mtime < time.time() - STALE_S:
+                if self._skip or each.stat().st_mtime < time.time() - STALE_S:
                     each.unlink()
 
 

@@ -77,6 +77,11 @@ class Runner:
         return self._scheduler.queued_tokens
 
     @property
+    def crowded_out(self) -> bool:
+        """See `Scheduler.crowded_out`."""
+        return self._scheduler.crowded_out
+
+    @property
     def busy_s(self) -> float:
         """Time that the devices computed, added up."""
         return sum(device.busy_s for device in self._devices)

@@ -116,6 +116,7 @@ class Scheduler:
         self._items: dict[int, Item] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._queued_tokens = 0
+        self._background_tokens = 0  # of those
         self._streak = 0
 
     def __len__(self) -> int:
@@ -126,6 +127,11 @@ class Scheduler:
         """Tokens that wait, without padding."""
         return self._queued_tokens
 
+    @property
+    def crowded_out(self) -> bool:
+        """Whether background would have room in its share of the queue if online took only its own."""
+        return self._background_tokens < self._limit(Priority.BACKGROUND)
+
     def room(self, tokens: int, priority: Priority) -> float:
         """Seconds until `tokens` more might be accepted; 0 when they are now.
 
@@ -133,10 +139,7 @@ class Scheduler:
         """
         if not self._items:
             return 0.0
-        limit = self.limits.queue_tokens
-        if priority is Priority.BACKGROUND:
-            limit = int(limit * (1 - self.limits.online_share))
-        excess = self._queued_tokens + tokens - limit
+        excess = self._queued_tokens + tokens - self._limit(priority)
         if excess <= 0:
             return 0.0
         return min(max(excess * self.token_s, RETRY_AFTER_S_MIN), RETRY_AFTER_S_MAX)
@@ -287,6 +290,10 @@ class Scheduler:
         batch_s = self.cost.batch_s(max(1, self.limits.batch_tokens // edge), edge)
         return min(patience, item.deadline_s - 2 * batch_s)
 
+    def _limit(self, priority: Priority) -> int:
+        limit = self.limits.queue_tokens
+        return limit if priority is Priority.ONLINE else int(limit * (1 - self.limits.online_share))
+
     def _enqueue(self, item: Item) -> None:
         assert item.id not in self._items, f"item {item.id} waits already"
         place = self._place(item)
@@ -295,6 +302,8 @@ class Scheduler:
             self._waiting[place] += 1
         self._items[item.id] = item
         self._queued_tokens += item.tokens
+        if item.priority is Priority.BACKGROUND:
+            self._background_tokens += item.tokens
         if item.deadline_s != float("inf"):
             heappush(self._deadlines, (item.deadline_s, item.id))
 
@@ -317,6 +326,8 @@ class Scheduler:
         if not item.alone:
             self._waiting[self._ladder.index(item.tokens)] -= 1
         self._queued_tokens -= item.tokens
+        if item.priority is Priority.BACKGROUND:
+            self._background_tokens -= item.tokens
 
     def _expire(self, now_s: float) -> Iterable[Item]:
         if len(self._deadlines) > 2 * len(self._items) + 64:

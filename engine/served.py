@@ -39,13 +39,13 @@ class Listener:
     """Whom a served model tells, on the event loop's thread.
 
     Attributes:
-        batch: a batch is done.
+        batch: of the model of this name: it is done.
         damaged: a cache is damaged; what.
         failed: the compute thread died; why.
         device: something happened to a device.
     """
 
-    batch: Callable[[Report], None]
+    batch: Callable[[str, Report], None]
     damaged: Callable[[str], None]
     failed: Callable[[Exception], None]
     device: Callable[[DeviceEvent], None]
@@ -74,8 +74,8 @@ class ServedModel:
         self, config: EngineConfig, load: Load, host: ThreadPoolExecutor, turns: Turns, listener: Listener, name: str
     ) -> None:
         self.config = config
-        self._name = name
-        self.refusing = "the engine is not started"
+        self.name = name
+        self.refusing = "the engine is not started: its model is still being loaded; try again"
         self._load = load
         self._host = host
         self._turns = turns
@@ -194,9 +194,9 @@ class ServedModel:
             self._session.release_streams()
 
     async def keep_streams(self) -> None:
-        """Saves what streams usually say, where that is not done yet."""
+        """Saves what streams usually say, where that is not done yet. The model before, if any, is closed."""
         if self._session is not None:
-            await self._session.keep_streams()
+            await self._session.keep_streams(alone=True)
 
     async def retire(self, deadline_s: float, why: str) -> None:
         """Refuses new calls, lets those under way end within `deadline_s` seconds, and closes."""
@@ -230,7 +230,7 @@ class ServedModel:
         try:
             loaded = self._load(self.config)
         except BaseException as error:  # noqa: BLE001 - it is raised again where `open` waits
-            self._post(self._not_opened, error.of(self._name) if isinstance(error, NotFound) else error)
+            self._post(self._not_opened, error.of(self.name) if isinstance(error, NotFound) else error)
             return
         try:
             runner = Runner(
@@ -283,7 +283,7 @@ class ServedModel:
     def _settle(self, report: Report) -> None:
         if self._session is not None:
             self._session.settle(report)
-            self._listener.batch(report)
+            self._listener.batch(self.name, report)
 
     def _post(self, function: Callable[..., None], *arguments: object) -> None:
         """Calls a function on the event loop's thread."""

@@ -40,7 +40,6 @@ from engine.generation import Generator
 from engine.generation_served import ServedGenerator
 from engine.lane import Priority
 from engine.loading import load
-from engine.runner import Report
 from engine.served import Listener, Load, ServedModel, files_version
 from engine.stats import (
     CACHE_DAMAGED,
@@ -83,7 +82,7 @@ class Engine:
         self._alive: set[ServedModel] = set()  # those above, and those that are opened or retired
         self._generation = ServedGenerator(telemetry)
         self._swapping = asyncio.Lock()
-        self._listener = Listener(self._batch, self._damaged, self._failed, self._counters.device)
+        self._listener = Listener(self._counters.batch, self._damaged, self._failed, self._counters.device)
         self._past = Figures()  # of models that are gone
         self._closed = ""
         self.opened = asyncio.Event()
@@ -360,9 +359,6 @@ class Engine:
         self._alive.add(served)
         return served
 
-    def _batch(self, report: Report) -> None:
-        self._counters.batch(report)
-
     def _figures(self) -> Figures:
         return sum((served.figures for served in tuple(self._alive)), self._past)
 
@@ -380,6 +376,7 @@ class Engine:
             self.opened.set()
 
     def _say_loaded(self, served: ServedModel) -> None:
+        self._counters.opened(served.name, served.devices)
         self._telemetry.emit(LOADED, model=served.config.model, version=served.version, plan=served.plan())
 
 

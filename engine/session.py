@@ -153,8 +153,14 @@ class Session:
         """Another session saves what streams usually say from now on."""
         self._novelty_file = None
 
-    async def keep_streams(self) -> None:
-        """Saves what streams usually say, where that is not done yet."""
+    async def keep_streams(self, *, alone: bool = False) -> None:
+        """Saves what streams usually say, where that is not done yet.
+
+        Args:
+            alone: nobody else writes to the file any more, but somebody may have written streams that are skipped now.
+        """
+        if alone and self._novelty_file is not None and self._config.caches.skip_streams:
+            self._novelty_file.outdate()
         while self._saving is not None and not self._saving.done():
             await asyncio.wait({self._saving})
         if self._novelty_file is not None and self._novelty_file.changed:
@@ -214,7 +220,7 @@ class Session:
             self._novelty_file = NoveltyFile(config.caches, self.novelty, self._on_damage)
             if shared is None:
                 # The host thread does it before it reads the first result.
-                self._host.submit(self._novelty_file.load)
+                self._host.submit(self._novelty_file.load, write=known is None)
             else:
                 self._novelty_file.outdate()
 

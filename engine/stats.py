@@ -110,7 +110,7 @@ class Figures:
 
 
 class LiveMetrics(Collector):
-    """What is read when somebody asks: the queue, and the devices' figures, which go with a device that is gone.
+    """What is read when somebody asks: the queue, and the devices' memory, which goes with a device that is gone.
 
     Labels are few: models as configured, their devices, four kinds of figure, the reporting classes.
 
@@ -132,12 +132,9 @@ class LiveMetrics(Collector):
         yield CounterMetricFamily(
             "sluice_engine_texts_coalesced", "Texts that joined one under way.", figures.texts_coalesced
         )
-        yield from self._of_devices()
+        yield from self._memory()
 
-    def _of_devices(self) -> Iterator[Metric]:
-        busy = CounterMetricFamily(
-            "sluice_engine_device_busy_seconds", "Time the device computed.", labels=("model", "device")
-        )
+    def _memory(self) -> Iterator[GaugeMetricFamily]:
         memory, peak, limit = (
             GaugeMetricFamily(f"sluice_engine_device_{name}", text, labels=("model", "device", *more))
             for name, text, *more in (
@@ -149,13 +146,12 @@ class LiveMetrics(Collector):
         for model, devices in self._devices().items():
             for device in devices:
                 names = (model, device.name)
-                busy.add_metric(names, device.busy_s)
                 for kind, value in asdict(device.memory).items() if device.memory else ():
                     memory.add_metric((*names, kind), value)
                 for length, value in device.peaks.items():
                     peak.add_metric((*names, str(length)), value)
                 limit.add_metric(names, device.tokens_max)
-        yield from (busy, memory, peak, limit)
+        yield from (memory, peak, limit)
 
 
 class EngineCounters:
@@ -176,6 +172,9 @@ class EngineCounters:
         self._cache_metric = telemetry.counter("engine_cache_lookups", "Cache lookups.", ["cache", "outcome"])
         self._truncated_metric = telemetry.counter("engine_texts_truncated", "Texts that were truncated.")
         self._dropped_metric = telemetry.counter("engine_tokens_dropped", "Tokens that truncation took away.")
+        self._busy_metric = telemetry.counter(
+            "engine_device_busy_seconds", "Time the device computed.", ["model", "device"]
+        )
         self._waited_metric = telemetry.counter("engine_memory_wait_seconds", "Time batches waited for memory.")
         self._latency = telemetry.histogram(
             "engine_call_latency_seconds", "From call to result.", _LATENCY_BUCKETS_S, ["priority"]
@@ -213,8 +212,13 @@ class EngineCounters:
         self.tokens_dropped += dropped
         self._dropped_metric.inc(dropped)
 
-    def batch(self, report: Report) -> None:
-        """A batch is done."""
+    def opened(self, model: str, devices: Sequence[DeviceStats]) -> None:
+        """A model is at work, on these devices."""
+        for device in devices:
+            self._busy_metric.labels(model, device.name)
+
+    def batch(self, model: str, report: Report) -> None:
+        """A batch of the model of this name is done."""
         if not report.rows:
             return
         length = reporting_class(report.length, self._classes)
@@ -225,6 +229,7 @@ class EngineCounters:
         self._batches_metric.labels(str(length)).inc()
         self._tokens_metric.labels("real").inc(report.tokens)
         self._tokens_metric.labels("padding").inc(max(0, report.padded_tokens - report.tokens))
+        self._busy_metric.labels(model, report.device).inc(max(0.0, report.seconds))
         self._waited_metric.inc(report.waited_s)
         self.memory_wait_s += report.waited_s
         if report.splits:

@@ -109,7 +109,7 @@ class Books:
             stream=ask.stream,
             priority=priority_of(ask.priority),
             # 0 would be the server's default.
-            deadline_ms=max(1, round(ask.deadline_s * 1000)) if ask.deadline_s else 0,
+            deadline_ms=0 if ask.deadline_s is None else max(1, round(ask.deadline_s * 1000)),
             want_embedding=ask.embed,
             model=ask.model,
         )

@@ -60,7 +60,18 @@ def test_a_model_in_a_place_of_another_kind_is_refused(
 def test_a_model_that_is_to_be_downloaded_is_no_error() -> None:
     config = EngineConfig(model="someone/absent-model", allow_download=True)
     (line,) = check_models(config, "anything", key="analysis.task")
-    assert "someone/absent-model is not here yet" in line
+    assert "someone/absent-model comes from the hub" in line
+    with pytest.raises(Permanent, match="no such folder"):
+        check_models(EngineConfig(model="/nope/model", allow_download=True))
+
+
+def test_a_folder_without_a_tokenizer_is_refused_as_at_the_start(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(tiny_models["bert"], tmp_path / "model")
+    for file in (tmp_path / "model").glob("*token*"):
+        file.unlink()
+    (tmp_path / "model" / "vocab.txt").unlink(missing_ok=True)
+    with pytest.raises(Permanent, match="tokenizer"):
+        check_models(section(tmp_path / "model"))
 
 
 @pytest.mark.parametrize(

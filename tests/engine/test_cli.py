@@ -99,6 +99,7 @@ def test_bench_prints_its_figures_as_json(tiny_models: dict[str, Path], texts: P
     assert figures["p50_ms"] <= figures["p99_ms"]
     assert (figures["texts"], figures["texts_failed"]) == (200, 0)
     assert (figures["task"], figures["load"]) == ("classify", 0.5)
+    assert figures["chosen"]["precision"].startswith("fp32")
     assert result.stderr == "", "no progress where there is no terminal"
 
 

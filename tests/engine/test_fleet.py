@@ -108,12 +108,15 @@ def test_without_any_device_for_too_long_texts_get_errors_until_one_is_back() ->
 def test_a_device_that_cannot_be_replaced_leaves_the_others_its_work() -> None:
     dead = device("dead", Fragile())
     dead.memory = FakeBackend().memory()
-    fleet = Fleet([dead, device("well", FakeBackend())])
+    gate = threading.Event()
+    fleet = Fleet([dead, device("well", FakeBackend(gate=gate))])
     batch = rows(*range(1, 61))
     with fleet.running():
+        until(lambda: fleet.runner._idle == 2)  # else the other one may take everything
         fleet.add(batch)
-        fleet.wait(len(batch))
         until(lambda: not dead.alive)
+        gate.set()
+        fleet.wait(len(batch))
     assert dead.memory is None, "it has none any more"
     assert all(right(fleet.outcomes[i], row) for i, row in enumerate(batch))
     assert fleet.died is None

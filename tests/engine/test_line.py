@@ -191,6 +191,35 @@ async def test_background_is_not_kept_waiting_for_ever_by_online_calls(flood_tex
     assert first.done()
 
 
+async def test_background_comes_in_while_online_leaves_no_room_below_its_share() -> None:
+    works = Works()
+    await fill(works, 256, Priority.ONLINE)  # of 300, and background's share is 225
+
+    def online(i: int) -> Awaitable[Call]:
+        return works.call([[3_000_002 + 5 * i]], Priority.ONLINE)
+
+    assert (
+        await flooded(works, works.call([[2_000_001]], Priority.BACKGROUND), online) < 4 * (QUEUE + QUEUE) // BATCH * 2
+    )
+
+
+async def test_background_lines_up_in_a_queue_that_online_fills_and_no_longer_than_the_line() -> None:
+    works = Works()
+    await fill(works, 256, Priority.ONLINE)
+    rest = asyncio.create_task(works.call([[2_000_000, 2_000_002, 2_000_003]], Priority.ONLINE))
+    await settled()
+    assert works.runner.queued_tokens == QUEUE
+    with pytest.raises(Backpressure, match="queue is full"):
+        await works.call([[3_000_001]], Priority.ONLINE)
+    lined_up = [asyncio.create_task(works.call([[4_000_001 + 5 * i]], Priority.BACKGROUND)) for i in range(6)]
+    await settled()
+    with pytest.raises(Backpressure, match="calls_in_line_max"):
+        await works.call([[5_000_001]], Priority.BACKGROUND)
+    while works.work():
+        await settled()
+    assert all(task.done() for task in (rest, *lined_up))
+
+
 async def test_a_large_online_call_is_not_kept_waiting_for_ever_by_background_calls() -> None:
     works = Works()
     first = await fill(works, 192, Priority.BACKGROUND)

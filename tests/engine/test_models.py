@@ -23,13 +23,20 @@ def test_the_default_model_is_found_in_its_package_without_a_network(minilm: Mod
     assert len(minilm.version) == 12
 
 
-@pytest.mark.parametrize("name", ["someone/some-model", "no-such-package", "numpy", "../nowhere", "a//b"])
+@pytest.mark.parametrize("name", ["someone/some-model", "no-such-package", "numpy", "a//b"])
 def test_a_model_that_is_nowhere_is_named_with_the_ways_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(Permanent) as error:
         models.locate(name, allow_download=False)
     for part in (f"'{name}'", "engine.model", "pip install", "hf download", "allow_download"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["../nowhere", "/nope/model", "~/no-such-model"])
+def test_a_folder_that_is_nowhere_is_no_package_and_not_on_the_hub(name: str) -> None:
+    with pytest.raises(Permanent, match=f"'{name}' was not found: no such folder; set engine.model to") as error:
+        models.locate(name, allow_download=False)
+    assert "hf download" not in str(error.value)
 
 
 def test_a_folder_says_kind_labels_limits_and_pooling(tiny_models: dict[str, Path]) -> None:

@@ -150,6 +150,14 @@ def test_what_a_killed_process_left_half_written_is_removed_but_not_what_another
     assert sorted(directory.iterdir()) == [directory / NAME, fresh]
 
 
+@pytest.mark.parametrize("skip", [("s",), ("*",)])
+def test_what_is_half_written_leaves_at_once_where_streams_are_skipped(directory: Path, skip: tuple[str, ...]) -> None:
+    saved(directory)
+    (directory / f"{NAME}-fresh").write_bytes(b"half")
+    Kept(directory, skip_streams=skip).file.load()
+    assert set(directory.iterdir()) <= {directory / NAME}
+
+
 @pytest.mark.parametrize(("skip", "names"), [(("s", "x"), {"t"}), (("x",), {"s", "t"}), (("*",), None)])
 def test_a_stream_that_is_skipped_now_leaves_the_file_at_once(
     directory: Path, skip: tuple[str, ...], names: set[str] | None

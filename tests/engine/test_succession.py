@@ -2,6 +2,8 @@
 
 import asyncio
 import dataclasses
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,12 +183,58 @@ async def test_a_stream_that_is_skipped_from_now_on_is_on_no_disk_afterwards(
     assert await saved_streams(open_engine, tmp_path) == kept
 
 
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """The next saving begins, which sets the first event, and ends when the second one is set."""
+    begun, go_on, real, first = threading.Event(), threading.Event(), os.fsync, [True]
+
+    def fsync(descriptor: int) -> None:
+        if first:
+            first.clear()
+            begun.set()
+            assert go_on.wait(20)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return begun, go_on
+
+
+@pytest.mark.parametrize("model", ["the same elsewhere", "other"])
+@pytest.mark.parametrize("saved_meanwhile", [False, True])
+async def test_a_saving_that_takes_longer_than_the_swap_leaves_no_skipped_stream(
+    open_engine: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, saved_meanwhile: bool
+) -> None:
+    config = section(tmp_path, novelty_save_s=0.001)
+    engine: Engine = await open_engine(config, loader=loader)
+    for stream in ("s", "t"):
+        await novelties(engine, USUAL, stream)
+    await engine._models["default"].keep_streams()
+    old = engine._models["default"].session
+    begun, go_on = slow_disk(monkeypatch)
+    await novelties(engine, ["one more"], "s")
+    await until(begun.is_set)
+    skipping = msgspec.structs.replace(config.caches, skip_streams=("s",))
+    swap = asyncio.create_task(engine.reload(msgspec.structs.replace(config, caches=skipping, model=model)))
+    await until(lambda: engine._models["default"].session is not old)
+    if saved_meanwhile:
+        new = engine._models["default"].session
+        await novelties(engine, ["one more"], "t")
+        await until(lambda: new._saving is not None and new._saving.done())
+        assert b"\xa1s" not in (tmp_path / NAME).read_bytes()
+    go_on.set()
+    await swap
+    assert b"\xa1s" not in (tmp_path / NAME).read_bytes()
+    await engine.close()
+    assert b"\xa1s" not in (tmp_path / NAME).read_bytes()
+
+
+@pytest.mark.parametrize("model", ["poor", "other and poor"])
+@pytest.mark.parametrize("skip", [("x",), ("*",)])
 async def test_a_model_that_is_not_taken_into_use_changes_nothing_that_is_saved(
-    open_engine: Open, tmp_path: Path
+    open_engine: Open, tmp_path: Path, model: str, skip: tuple[str, ...]
 ) -> None:
     def poor(config: EngineConfig) -> Loaded:
         loaded = loader(config)
-        if config.model == "poor":
+        if config.model.endswith("poor"):
             del loaded.tasks["classify"]
         return loaded
 
@@ -196,7 +244,7 @@ async def test_a_model_that_is_not_taken_into_use_changes_nothing_that_is_saved(
     await engine._models["default"].keep_streams()
     assert (tmp_path / NAME).exists()
     with pytest.raises(Permanent, match="cannot take over"):
-        await engine.reload(msgspec.structs.replace(section(tmp_path, skip_streams=("*",)), model="poor"))
+        await engine.reload(msgspec.structs.replace(section(tmp_path, skip_streams=skip), model=model))
     await engine.close()
     assert await saved_streams(open_engine, tmp_path) == {"s"}
 
