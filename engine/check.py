@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from engine.config import GENERATION_NAME, EngineConfig, key_of
-from engine.models import Kind, ModelCard, NotFound, check_weights, load_tokenizer, locate, read_card, translated
+from engine.model_place import NotFound, locate
+from engine.models import Kind, ModelCard, check_weights, load_tokenizer, read_card, translated
 from sluice.errors import ConfigError
 
 _OFFERED: Final[dict[Kind, tuple[str, ...]]] = {
@@ -58,19 +59,13 @@ def check_models(config: EngineConfig, task: str = "", model: str = "", key: str
 def _card(name: str, model: str, *, downloads: bool) -> ModelCard | None:
     """What a model's folder says; None when its files may still be downloaded."""
     from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         folder = locate(model, allow_download=False)
     except NotFound as error:
-        if not downloads:
-            raise error.of(name) from error
-        try:
-            validate_repo_id(model)
-        except HFValidationError:
-            raise error.of(name) from error
-        return None
+        if downloads and error.downloadable:
+            return None
+        raise error.of(name) from error
     if downloads and Path(HF_HUB_CACHE) in folder.parents:
         return None  # the start fetches what is missing there
     card = read_card(model, folder)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from engine import generation_images, models
 from engine.config import DEFAULT_NAME, GENERATION_NAME, EngineConfig
 from engine.loading import calm_openmp
+from engine.model_place import NotFound, locate
 from engine.models import ModelCard
 from sluice.errors import ConfigError, Permanent
 
@@ -137,8 +138,8 @@ def load_generative(config: EngineConfig) -> Generative:
     calm_openmp()
     name = config.generation.model or config.model
     try:
-        folder = models.locate(name, allow_download=config.allow_download)
-    except models.NotFound as error:
+        folder = locate(name, allow_download=config.allow_download)
+    except NotFound as error:
         raise error.of(GENERATION_NAME if config.generation.model else DEFAULT_NAME) from error
     card = models.read_card(name, folder)
     if card.kind != "generation":

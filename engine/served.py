@@ -22,7 +22,8 @@ from engine.config import EngineConfig
 from engine.failures import EngineStopped
 from engine.fleet import DeviceEvent, DeviceStats, Recovery
 from engine.loading import Loaded
-from engine.models import NotFound, locate, read_card
+from engine.model_place import NotFound, locate
+from engine.models import read_card
 from engine.novelty import Novelty
 from engine.runner import Report, Runner
 from engine.session import Session

@@ -17,6 +17,7 @@ from engine import models
 from engine.config import DEFAULT_MODEL, CacheConfig, EngineConfig, GenerationConfig
 from engine.generation import Generator
 from engine.generation_model import load_generative
+from engine.model_place import locate
 from engine.models import ModelCard
 from engine.service import Engine
 from engine.tokens import Tokenizer
@@ -32,7 +33,7 @@ def telemetry() -> Telemetry:
 
 @pytest.fixture(scope="session")
 def minilm() -> ModelCard:
-    return models.read_card(DEFAULT_MODEL, models.locate(DEFAULT_MODEL, allow_download=False))
+    return models.read_card(DEFAULT_MODEL, locate(DEFAULT_MODEL, allow_download=False))
 
 
 @pytest.fixture(scope="session")

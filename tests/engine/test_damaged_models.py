@@ -12,6 +12,7 @@ import pytest
 from engine import models
 from engine.config import EngineConfig
 from engine.loading import load
+from engine.model_place import locate
 from sluice.errors import Permanent, SluiceError
 
 Harm = Callable[[Path], Any]
@@ -187,5 +188,5 @@ def test_any_value_in_its_configuration_is_right_or_refused(folder: Path, value:
 def test_a_name_that_cannot_be_one_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(Permanent) as error:
-        models.read_card(name, models.locate(name, allow_download=False))
+        models.read_card(name, locate(name, allow_download=False))
     assert len(str(error.value)) < 12_000

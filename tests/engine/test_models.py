@@ -8,6 +8,7 @@ import pytest
 
 from engine import models
 from engine.config import DEFAULT_MODEL, EngineConfig
+from engine.model_place import locate
 from engine.models import ModelCard
 from sluice.errors import Permanent
 
@@ -27,7 +28,7 @@ def test_the_default_model_is_found_in_its_package_without_a_network(minilm: Mod
 def test_a_model_that_is_nowhere_is_named_with_the_ways_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(Permanent) as error:
-        models.locate(name, allow_download=False)
+        locate(name, allow_download=False)
     for part in (f"'{name}'", "engine.model", "pip install", "hf download", "allow_download"):
         assert part in str(error.value)
 
@@ -35,7 +36,7 @@ def test_a_model_that_is_nowhere_is_named_with_the_ways_out(name: str, monkeypat
 @pytest.mark.parametrize("name", ["../nowhere", "/nope/model", "~/no-such-model"])
 def test_a_folder_that_is_nowhere_is_no_package_and_not_on_the_hub(name: str) -> None:
     with pytest.raises(Permanent, match=f"'{name}' was not found: no such folder; set engine.model to") as error:
-        models.locate(name, allow_download=False)
+        locate(name, allow_download=False)
     assert "hf download" not in str(error.value)
 
 
